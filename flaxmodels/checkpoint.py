@@ -1,0 +1,174 @@
+"""Orbax behind one small class: asynchronous saves, newest and best kept, restored onto any mesh.
+
+A checkpoint is three items: `params`; `rest` (step, other collections, optimizer state); and `meta`, JSON: what a
+resume needs beside arrays, the config, and versions. The step is the position in the data.
+"""
+
+import importlib.metadata
+import time
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from flaxmodels.registry import Positive, Steps, UserError
+from flaxmodels.state import TrainState
+
+VERSIONED = ("flaxmodels-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on; a package that is not installed as a distribution is left out."""
+    found = {}
+    for name in VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+      directory: holds one folder a step; made if missing.
+      best_mode: "min" or "max": which value of the watched metric is best.
+      every: save every so many steps; 0 saves by time, by metric and at the end only.
+      every_seconds: save when the last save is longer ago; 0 never saves by time.
+      keep: newest checkpoints kept.
+      keep_best: keep the one with the best metric too.
+
+    Raises:
+      UserError: the directory can't be made.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        best_mode: str = "min",
+        every: Steps = 0,
+        every_seconds: float = 600.0,
+        keep: Positive = 2,
+        keep_best: bool = True,
+    ) -> None:
+        self.every, self.every_seconds, self.keep_best = every, every_seconds, keep_best
+        self._saved_at = time.monotonic()
+        kept: list[Any] = [policies.LatestN(keep)]
+        if keep_best:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["watched"],
+                    reverse=best_mode == "min",
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            save_decision_policy=policies.FixedIntervalPolicy(1),
+            # Deleting in place is not atomic: killed half way, it leaves a step that is listed and broken.
+            todelete_subdir="deleted",
+            cleanup_tmp_directories=True,
+        )
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        except OSError as error:
+            raise UserError(f"{directory} can't be written: {error.strerror}. Choose another --workdir.") from error
+        self.best_mode = best_mode
+
+    def due(self, step: int) -> bool:
+        """Whether a save is due after `step`, by steps or by time (monotonic: a clock that jumps changes nothing)."""
+        by_time = self.every_seconds > 0 and time.monotonic() - self._saved_at >= self.every_seconds
+        return by_time or (self.every > 0 and step % self.every == 0)
+
+    def latest(self) -> int | None:
+        """The newest step on disk."""
+        return self._manager.latest_step()
+
+    def best(self) -> int | None:
+        """The step with the best metric on disk; None where none has one."""
+        scored = []
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics:
+                scored.append((metrics["watched"], -step))
+        if not scored:
+            return None
+        return -(min(scored)[1] if self.best_mode == "min" else max(scored)[1])
+
+    def save(self, state: TrainState, step: int, meta: dict[str, Any], watched: float | None = None) -> bool:
+        """Save `state`; returns when its arrays are copied, and writes on in the background.
+
+        Args:
+          state: after `step` updates.
+          step: its number.
+          meta: JSON data.
+          watched: the watched metric of this state, where it was evaluated.
+
+        Returns:
+          False where the step is on disk already.
+
+        Raises:
+          Exception: an earlier save failed in the background.
+        """
+        if step in self._manager.all_steps():
+            return False
+        rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                rest=ocp.args.StandardSave(rest),
+                meta=ocp.args.JsonSave({**meta, "versions": versions()}),
+            ),
+            metrics=None if watched is None else {"watched": watched},
+        )
+        self._saved_at = time.monotonic()
+        return True
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """Read a step onto the mesh of `abstract`, whatever mesh it was saved from.
+
+        Args:
+          step: one of the steps on disk.
+          abstract: `jax.ShapeDtypeStruct` with shardings, the tree of `state.init`.
+
+        Returns:
+          (state, meta).
+
+        Raises:
+          UserError: the checkpoint does not hold such a state.
+        """
+        rest = {"step": abstract.step, "extra": abstract.extra, "opt_state": abstract.opt_state}
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    rest=ocp.args.StandardRestore(rest),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise UserError(
+                f"checkpoint {step} in {self._manager.directory} can't be restored into this model and optimizer: "
+                f"{str(error).strip().splitlines()[0]}"
+            ) from error
+        return TrainState(params=found["params"], **found["rest"]), found["meta"]
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON of a step, without its arrays."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def check(self) -> None:
+        """Raise the error of a save that failed in the background, if one did."""
+        self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait for the save in flight, and let go. Raises its error."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,163 @@
+"""A job: a config, checked and unpacked into pieces. Here the config stops.
+
+`assemble` calls what `sections` lists; the loop, and whatever measures or proves, starts from a `Job`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import optax
+from jax.sharding import Mesh
+
+from flaxmodels import data, losses, metrics, models, optim, registry, sections, sharding, state, step
+from flaxmodels.data.feed import Feed, choose
+from flaxmodels.data.split import Source
+from flaxmodels.durations import Clock, parse
+from flaxmodels.registry import UserError
+from flaxmodels.sections import Cadence
+from flaxmodels.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that a config says, as objects.
+
+    Attributes:
+      config: checked, with durations as written.
+      source: the data.
+      model: a Linen module.
+      tx: the optimizer.
+      schedule: step -> learning rate.
+      losses: (to train with, to evaluate with).
+      mesh: over which all of it lies.
+      train: the feed of the training split.
+      test: the feed of the evaluation split.
+      cadence: when things happen; its duration is the number of steps of the run.
+      checkpoint: options of `Checkpoints`.
+      fresh: () -> a new state, born sharded.
+      abstract: its `jax.ShapeDtypeStruct` tree, with shardings.
+      notes: lines for the log, on what was chosen.
+    """
+
+    config: dict[str, Any]
+    source: Source
+    model: nn.Module
+    tx: optax.GradientTransformation
+    schedule: Callable[[Any], jax.Array]
+    losses: tuple[losses.Loss, losses.Loss]
+    mesh: Mesh
+    train: Feed
+    test: Feed
+    cadence: Cadence
+    checkpoint: dict[str, Any]
+    fresh: Callable[[], TrainState]
+    abstract: TrainState
+    notes: tuple[str, ...]
+
+    @property
+    def seed(self) -> int:
+        """Seed of everything random."""
+        return self.config["seed"]
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the run."""
+        return self.cadence.duration
+
+    def lower_train(self) -> tuple[jax.stages.Lowered, list[str]]:
+        """The train step, lowered, donating its state; and the names of the packed metrics it returns.
+
+        The program is (state, feed of `step.repeated`) -> (state, (steps of a dispatch, names, 2) float32).
+        """
+        gradient = step.make_gradient(step.make_apply(self.model), self.losses[0])
+        update = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
+        names: list[str] = []
+
+        def packed(state: TrainState, item: tuple[Any, Any]) -> tuple[TrainState, jax.Array]:
+            state, found = update(state, self.train.batch(*item))
+            names[:] = sorted(found)
+            return state, metrics.pack(found)
+
+        most = self.cadence.steps_per_dispatch
+        feed = self.train.abstract_dispatch(most)
+        places = (jax.tree.map(lambda x: x.sharding, self.abstract), sharding.replicated(self.mesh))
+        program = step.repeated(packed, most)
+        lowered = step.compile_step(program, self.abstract, feed, mesh=self.mesh, out_shardings=places, donate=(0,))
+        return lowered, names
+
+    def lower_eval(self) -> tuple[jax.stages.Lowered, list[str]]:
+        """The evaluation step, lowered: (params, extra, each, every) -> packed metrics; and their names."""
+        apply, names = step.make_apply(self.model), list[str]()
+
+        def packed(params: Any, extra: Any, each: Any, every: Any) -> jax.Array:
+            found = step.eval_step(params, extra, self.test.batch(each, every), apply=apply, loss=self.losses[1])
+            names[:] = sorted(found)
+            return metrics.pack(found)
+
+        each, every = self.test.abstract()
+        lowered = step.compile_step(
+            packed, self.abstract.params, self.abstract.extra, each, every,
+            mesh=self.mesh, out_shardings=sharding.replicated(self.mesh),
+        )  # fmt: skip
+        return lowered, names
+
+
+def assemble(config: Mapping[str, Any]) -> Job:
+    """Unpack a config.
+
+    Raises:
+      UserError: bad input of any kind, found before anything is computed.
+    """
+    written = sections.check(config, lambda text, where: parse(text, where) and text)
+    mesh = sharding.make_mesh(**written["mesh"])
+    batching, options = sections.split_data(written["data"])
+    sharding.check_batch(mesh, batching["batch_size"])
+    sharding.check_batch(mesh, batching["eval_batch_size"], "data.eval_batch_size")
+    source = data.load(**options)
+    clock = Clock(batching["batch_size"], source.train.size, source.tokens_per_example)
+    checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
+    cadence = Cadence(**checked["train"])
+    model = models.build(**_fill(checked["model"], source))
+    tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
+    resident, placed = choose(batching["placement"], source.nbytes, mesh)
+    train = Feed(source.train, mesh, batching["batch_size"], resident=resident)
+    test = Feed(source.test, mesh, batching["eval_batch_size"], resident=resident)
+    rules = sections.rules(**checked["sharding"])
+    fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
+    whole = sharding.replicated_report(abstract.params)
+    return Job(
+        config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
+        losses=losses.make(**checked["loss"], **_token_bytes(checked["loss"], source)), cadence=cadence,
+        checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
+        notes=(f"mesh: {sharding.describe(mesh)}", placed, *whole),
+    )  # fmt: skip
+
+
+def _total(written: Mapping[str, Any], clock: Clock) -> int:
+    duration = written["train"]["duration"]
+    steps = clock.steps(duration, "train.duration") if isinstance(duration, str) else duration
+    if steps < 1:
+        raise UserError(f"train.duration={duration!r} is no step at all: expected at least one.")
+    return steps
+
+
+def _token_bytes(options: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """Bytes of each token, for a loss that asks for them."""
+    asked = "token_bytes" in registry.parameters(sections.loss_functions(options))
+    return {"token_bytes": source.token_bytes} if asked else {}
+
+
+def _fill(options: dict[str, Any], source: Source) -> dict[str, Any]:
+    """Model fields that the data knows: set where the config leaves them out, checked where it does not."""
+    fields = registry.parameters([sections.model_class(options)])
+    for key, value in source.facts.items():
+        if key in fields and options.setdefault(key, value) < value:
+            raise UserError(
+                f"model.{key}={options[key]} is too small: data {source.name!r} has {key}={value}. "
+                "Leave it out to take it from the data."
+            )
+    return options

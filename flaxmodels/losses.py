@@ -1,0 +1,155 @@
+"""Losses: (outputs, batch) -> {"loss": (sum, count), "accuracy": (sum, count), ...}.
+
+The only place of numerics that turn outputs into numbers. Everything is computed in float32. `batch["weights"]` has
+the shape of the targets it weighs; a weight of 0 takes an element out of sums and counts, and out of the gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from flaxmodels import registry
+from flaxmodels.metrics import Metrics, weighted
+from flaxmodels.registry import Fraction, Positive
+
+Loss = Callable[[Any, Mapping[str, Any]], Metrics]
+Extra = Literal["accuracy", "top_k", "perplexity", "bits_per_byte"]
+
+
+def softmax_cross_entropy(
+    outputs: jax.Array,
+    batch: Mapping[str, Any],
+    *,
+    label_smoothing: Fraction = 0.0,
+    z_loss: float = 0.0,
+    metrics: tuple[Extra, ...] = ("accuracy",),
+    top_k: Positive = 5,
+    token_bytes: tuple[int, ...] | None = None,
+) -> Metrics:
+    """Cross-entropy of logits with integer targets, in nats; one target an example, or one a token.
+
+    Args:
+      outputs: logits (..., classes), any float dtype.
+      batch: {"targets": (...) int, "weights": (...)}.
+      label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
+      z_loss: weight of log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, sec. 5).
+      metrics: what to report beside the loss. "perplexity" and "bits_per_byte" leave out smoothing and z-loss.
+      top_k: k of the metric "top_k".
+      token_bytes: UTF-8 bytes of each of the classes, for "bits_per_byte"; the data source knows it.
+
+    Returns:
+      (sum, count) of "loss" and of each of `metrics`.
+
+    Raises:
+      UserError: "bits_per_byte" without `token_bytes`, or `top_k` over the number of classes.
+    """
+    logits, targets, weights = outputs.astype(jnp.float32), batch["targets"], batch["weights"]
+    classes = logits.shape[-1]
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison instead of an index: its gradient is no scatter, and logits sharded over classes stay sharded.
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    hit = ids == targets[..., None]
+    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    nll = log_z - target_logit
+    loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - jnp.mean(logits, axis=-1)) + z_loss * log_z**2
+    # The place of the target among the logits; of equal ones the first wins, as in argmax.
+    ahead = (logits > target_logit[..., None]) | ((logits == target_logit[..., None]) & (ids < targets[..., None]))
+    rank = jnp.sum(ahead, axis=-1)
+    if "top_k" in metrics and top_k > classes:
+        raise registry.UserError(f"loss.top_k={top_k} is over the {classes} classes of the outputs.")
+    if "bits_per_byte" in metrics and token_bytes is None:
+        raise registry.UserError("loss.metrics has 'bits_per_byte', but this data is not text: leave it out.")
+    found = {"loss": weighted(loss, weights)}
+    for name in metrics:
+        found[name] = {
+            "accuracy": lambda: weighted(rank == 0, weights),
+            "top_k": lambda: weighted(rank < top_k, weights),
+            "perplexity": lambda: weighted(nll, weights),
+            "bits_per_byte": lambda: _per_byte(nll, targets, weights, token_bytes),
+        }[name]()
+    return found
+
+
+def _per_byte(nll: jax.Array, targets: jax.Array, weights: jax.Array, token_bytes: Any) -> tuple[jax.Array, jax.Array]:
+    sizes = jnp.asarray(token_bytes, jnp.float32)[targets]
+    return weighted(nll, weights)[0], jnp.sum(sizes * weights)
+
+
+def sigmoid_cross_entropy(outputs: jax.Array, batch: Mapping[str, Any], *, label_smoothing: Fraction = 0.0) -> Metrics:
+    """Binary cross-entropy of logits, in nats, for one label or many independent ones an example.
+
+    Args:
+      outputs: logits (B,) or (B, ..., labels).
+      batch: {"targets": same shape as outputs, 0 to 1; "weights": (B, ...), shape of a prefix of outputs}.
+      label_smoothing: moves targets towards 1/2 by this share.
+
+    Returns:
+      (sum, count) of "loss" and "accuracy" (right side of 0), both averaged over labels.
+
+    Raises:
+      ValueError: outputs and targets differ in shape.
+    """
+    logits, targets = _matching(outputs, batch)
+    smooth = targets * (1 - label_smoothing) + 0.5 * label_smoothing
+    loss = jax.nn.softplus(logits) - logits * smooth
+    right = (logits > 0) == (targets > 0.5)
+    return {"loss": _per_row(loss, batch["weights"]), "accuracy": _per_row(right, batch["weights"])}
+
+
+def mean_squared_error(outputs: jax.Array, batch: Mapping[str, Any]) -> Metrics:
+    """Mean over all axes of (output - target)^2.
+
+    Args:
+      outputs: (B, ...) any float dtype.
+      batch: {"targets": same shape; "weights": (B, ...), shape of a prefix of outputs}.
+
+    Returns:
+      (sum, count) of "loss" and "absolute_error".
+
+    Raises:
+      ValueError: outputs and targets differ in shape.
+    """
+    outputs, targets = _matching(outputs, batch)
+    error = outputs - targets
+    weights = batch["weights"]
+    return {"loss": _per_row(error**2, weights), "absolute_error": _per_row(jnp.abs(error), weights)}
+
+
+def _matching(outputs: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    if outputs.shape != batch["targets"].shape:  # broadcasting here would be silent nonsense
+        raise ValueError(f"outputs have shape {outputs.shape}, targets {batch['targets'].shape}: expected the same.")
+    return outputs.astype(jnp.float32), batch["targets"].astype(jnp.float32)
+
+
+def _per_row(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean over the axes that weights do not have, then the weighted pair."""
+    return weighted(jnp.mean(values, axis=tuple(range(weights.ndim, values.ndim)), dtype=jnp.float32), weights)
+
+
+LOSSES: Mapping[str, Callable[..., Metrics]] = {
+    "softmax_cross_entropy": softmax_cross_entropy,
+    "sigmoid_cross_entropy": sigmoid_cross_entropy,
+    "mean_squared_error": mean_squared_error,
+}
+
+# Options that shape the gradient; an evaluation leaves them out, so that its loss compares across configs.
+REGULARISERS = ("label_smoothing", "z_loss")
+
+
+def make(name: str = "softmax_cross_entropy", **options: Any) -> tuple[Loss, Loss]:
+    """The loss to train with, and the one to evaluate with (the same without `REGULARISERS`).
+
+    Args:
+      name: a key of `LOSSES`, or "package.module:function" of the same form.
+      **options: keyword arguments of that function.
+
+    Raises:
+      UserError: the name or an option does not exist, or has the wrong type.
+    """
+    function = registry.pick(LOSSES, name, "loss.name")
+    options = registry.bind(function, options, where="loss", provided=("outputs", "batch"))
+    kept = {k: v for k, v in options.items() if k not in REGULARISERS}
+    return partial(function, **options), partial(function, **kept)

@@ -1,0 +1,1 @@
+"""Processes: signals, the lock on a workdir, exit codes."""

@@ -1,0 +1,47 @@
+"""One run a workdir: two that write the same checkpoints would destroy each other silently."""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from flaxmodels.registry import UserError
+
+
+@contextlib.contextmanager
+def workdir_lock(workdir: Path) -> Iterator[None]:
+    """Make `workdir` and hold it. The kernel lets go when the process ends, however it ends, so no lock is ever stale.
+
+    Raises:
+      UserError: the folder can't be written, or another process holds it; the message names it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / ".lock").open("a+")
+    except OSError as error:
+        raise UserError(f"--workdir={str(workdir)!r} can't be written: {error.strerror}. Choose another.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={str(workdir)!r} belongs to another running process: {_owner(workdir)}. "
+                "Wait for it, stop it, or choose another --workdir."
+            ) from error
+        file.truncate(0)
+        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now}))
+        file.flush()
+        yield
+
+
+def _owner(workdir: Path) -> str:
+    try:
+        owner = json.loads((workdir / ".lock").read_text())
+        return f"pid {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (ValueError, KeyError):  # it took the lock a moment ago and has not written its name yet
+        return "it has just started"

@@ -1,0 +1,175 @@
+"""The sections of a config, and the functions whose signatures are their schema.
+
+`check` holds a config against them; `resolved` lists every value with its origin, for `flaxmodels config`.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from flaxmodels import data, losses, models, optim, registry, sharding
+from flaxmodels.checkpoint import Checkpoints
+from flaxmodels.data.feed import Placement
+from flaxmodels.durations import parse
+from flaxmodels.registry import Positive, Steps, UserError
+
+Convert = Callable[[str, str], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """When things happen; a step is one optimizer update.
+
+    Attributes:
+      duration: of the whole run.
+      log_every: training metrics are the mean since the last line.
+      eval_every: 0 evaluates at the end only.
+      steps_per_dispatch: steps that one call of the compiled program makes where nothing has to happen between them.
+        Pays for small models; not for convolutions on a CPU.
+      metric: what "best" and early stopping look at.
+      mode: whether more or less of it is better.
+      patience: stop after so many evaluations without a better `metric`; 0 never does.
+    """
+
+    duration: Steps
+    log_every: Steps = 100
+    eval_every: Steps = 0
+    steps_per_dispatch: Positive = 1
+    metric: str = "eval/loss"
+    mode: Literal["min", "max"] = "min"
+    patience: int = 0
+
+
+def batching(
+    batch_size: Positive,
+    eval_batch_size: Positive | None = None,
+    placement: Placement = "auto",
+) -> dict[str, Any]:
+    """The options of `data` that are not the source's own.
+
+    Args:
+      batch_size: examples of one step, over all devices and hosts: the global batch.
+      eval_batch_size: of one evaluation batch; None takes `batch_size`.
+      placement: where the data set lives; see `data.feed`.
+    """
+    return {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size, "placement": placement}
+
+
+def rules(rules: tuple = ()) -> sharding.Rules:
+    """The options of `sharding`: ((regex, spec), ...), tried before the built-in rules."""
+    return sharding.check_rules(rules)
+
+
+def model_class(options: Mapping[str, Any]) -> Any:
+    """The module class that `model.name` stands for (UserError)."""
+    return _named(models.MODELS, options, "model")
+
+
+def loss_functions(options: Mapping[str, Any]) -> list[Callable[..., Any]]:
+    """`losses.make`, and the function that `loss.name` stands for (UserError)."""
+    default = inspect.signature(losses.make).parameters["name"].default
+    return [losses.make, _named(losses.LOSSES, {"name": default, **options}, "loss")]
+
+
+def _optim_functions(options: Mapping[str, Any]) -> list[Callable[..., Any]]:
+    defaults = inspect.signature(optim.make).parameters
+    return [optim.make, *optim.targets(*(options.get(key, defaults[key].default) for key in ("name", "schedule")))]
+
+
+def _named(table: Mapping[str, Any], options: Mapping[str, Any], section: str) -> Any:
+    if "name" not in options:
+        raise UserError(f"{section}.name is not set. {registry.suggest('', table)}")
+    return registry.pick(table, options["name"], f"{section}.name")
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """What one section of a config may hold.
+
+    Attributes:
+      functions: options -> the functions they are passed to.
+      provided: parameters of these that the program passes itself.
+      filled: parameters that a config may leave out although they have no default: the data tells.
+    """
+
+    functions: Callable[[Mapping[str, Any]], Sequence[Callable[..., Any]]]
+    provided: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+
+
+SECTIONS: Mapping[str, Section] = {
+    "model": Section(
+        lambda options: [models.build, model_class(options)], filled=("classes", "vocab_size", "max_length")
+    ),
+    "loss": Section(loss_functions, provided=("outputs", "batch", "token_bytes")),
+    "optim": Section(_optim_functions, provided=("total_steps", "steps")),
+    "data": Section(lambda options: [data.load, _named(data.SOURCES, options, "data"), batching]),
+    "mesh": Section(lambda _: [sharding.make_mesh], provided=("devices",)),
+    "sharding": Section(lambda _: [rules]),
+    "train": Section(lambda _: [Cadence]),
+    "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode")),
+}
+
+
+def check(config: Mapping[str, Any], convert: Convert) -> dict[str, Any]:
+    """Hold every section of a config against its signatures.
+
+    Args:
+      config: section -> options, and "seed".
+      convert: what a duration becomes; called as `convert(text, key)`.
+
+    Returns:
+      The same, plain (dicts and tuples), with every section there, and "seed".
+
+    Raises:
+      UserError: naming the first key that is unknown, missing, of a wrong type or out of range.
+    """
+    given = registry.plain(config)
+    for key, value in given.items():
+        if key not in (*SECTIONS, "seed"):
+            raise UserError(f"{key}={value!r}: unknown section. {registry.suggest(key, (*SECTIONS, 'seed'))}")
+        if key in SECTIONS and not isinstance(value, dict):
+            raise UserError(f"{key}={value!r} has the wrong type: expected a section with keys of its own.")
+    checked: dict[str, Any] = {"seed": registry.check(given.get("seed", 0), int, "seed")}
+    for name, section in SECTIONS.items():
+        options = given.get(name, {})
+        functions = section.functions(options)
+        checked[name] = registry.bind(
+            functions, options, where=name, provided=section.provided, optional=section.filled, convert=convert
+        )
+    return checked
+
+
+def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The `data` section as (what `batching` gives, options of the source)."""
+    ours = inspect.signature(batching).parameters
+    return (
+        batching(**{k: v for k, v in options.items() if k in ours}),
+        {k: v for k, v in options.items() if k not in ours},
+    )
+
+
+def resolved(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> list[tuple[str, Any, str]]:
+    """Every key of a config, set or not: (dotted key, value, origin).
+
+    Args:
+      config: as given.
+      overridden: keys that the command line set.
+
+    Returns:
+      Rows in the order of `SECTIONS`; the origin is "command line", "config", "default" or "from the data".
+
+    Raises:
+      UserError: as `check`.
+    """
+    checked = check(config, lambda text, where: parse(text, where) and text)
+    given = registry.plain(config)
+    rows = [("seed", checked["seed"], "config" if "seed" in given else "default")]
+    for name, section in SECTIONS.items():
+        options = checked[name]
+        for key, parameter in registry.parameters(section.functions(options), section.provided).items():
+            missing = "from the data" if parameter.default is parameter.empty else "default"
+            value = options.get(key, None if missing == "from the data" else parameter.default)
+            rows.append((f"{name}.{key}", value, "config" if key in options else missing))
+    return [(key, value, "command line" if key in overridden else origin) for key, value, origin in rows]

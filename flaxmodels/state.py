@@ -1,0 +1,77 @@
+"""The train state: arrays only, born sharded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flaxmodels import sharding
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a run is, beside its config and its data.
+
+    Attributes:
+      step: number of updates made, int32 scalar. The position in the data, and the randomness, follow from it.
+      params: the model's "params" collection.
+      extra: its other collections, such as BatchNorm's {"batch_stats": ...}; {} for most models.
+      opt_state: the state of the optax transform.
+    """
+
+    step: jax.Array
+    params: Any
+    extra: Any
+    opt_state: Any
+
+
+def base_key(seed: int) -> jax.Array:
+    """The key of a run. Threefry, whose bits do not depend on how an array is sharded; `rbg` bits do."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def create(model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed: int) -> TrainState:
+    """A fresh state; pure and traceable.
+
+    Args:
+      model: a Linen module.
+      tx: the optimizer.
+      inputs: pytree of arrays or `jax.ShapeDtypeStruct` of one batch; only shapes and dtypes matter, and not the
+        number of examples.
+      seed: initial parameters are a function of it and of nothing else.
+    """
+    zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
+    variables = dict(model.init(base_key(seed), zeros))
+    params = variables.pop("params", {})
+    return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params))
+
+
+def init(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    inputs: Any,
+    seed: int,
+    mesh: Mesh,
+    rules: sharding.Rules = (),
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """How to make a state that is born sharded, and what it will look like.
+
+    Returns:
+      (make, abstract): `make()` gives the state, each device computing its own shard only; `abstract` is the same tree
+      of `jax.ShapeDtypeStruct` with shardings, which is all that lowering a step or restoring a checkpoint needs.
+
+    Raises:
+      UserError: a sharding rule does not fit.
+    """
+
+    def fresh() -> TrainState:
+        return create(model, tx, inputs, seed)
+
+    shapes = jax.eval_shape(fresh)
+    places = sharding.shard_tree(shapes, mesh, rules)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+    return jax.jit(fresh, out_shardings=places), abstract

@@ -1,0 +1,160 @@
+"""The train step: a pure function of arguments you can see, the same for every model family.
+
+Read `train_step`. Around it, from the inside out: `make_gradient` (model and loss -> gradients), `train_step` (one
+update), `from_rows` (rows of a data set -> batch), `repeated` (several steps a dispatch), `compile_step` (jit,
+shardings, donation). A feature enters as an optax transform, a loss, or a function that wraps a gradient function and
+has its signature; never as an `if` in the step.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flaxmodels import metrics as metric
+from flaxmodels import sharding
+from flaxmodels.losses import Loss
+from flaxmodels.metrics import Metrics
+from flaxmodels.state import TrainState, base_key
+
+Batch = dict[str, Any]
+# (params, extra, batch, rngs) -> (gradient of the *sum* of losses, extra, metrics). Sums add up over microbatches.
+Gradient = Callable[[Any, Any, Batch, Any], tuple[Any, Any, Metrics]]
+Step = Callable[[TrainState, Any], tuple[TrainState, Any]]
+Schedule = Callable[[Any], jax.Array]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    gradient: Gradient,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    seed: int,
+) -> tuple[TrainState, Metrics]:
+    """One optimizer update.
+
+    Args:
+      state: the state before.
+      batch: {"inputs": (B, ...), "targets": (B, ...), "weights": (B, ...) float32}, B the global batch.
+      gradient: from `make_gradient`, or what wraps it.
+      tx: the optimizer.
+      schedule: step -> learning rate; for the log, the optimizer has its own copy.
+      seed: of the run.
+
+    Returns:
+      (state after, metrics as (sum, count) pairs).
+    """
+    grads, extra, metrics = gradient(state.params, state.extra, batch, streams(seed, state.step))
+    grads = jax.tree.map(lambda g: metric.ratio(g, metrics["loss"][1]).astype(g.dtype), grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    metrics["grad_norm"] = metric.once(metric.norm(grads))
+    metrics["param_norm"] = metric.once(metric.norm(params))
+    metrics["learning_rate"] = metric.once(schedule(state.step))
+    return TrainState(state.step + 1, params, extra, opt_state), metrics
+
+
+def eval_step(params: Any, extra: Any, batch: Batch, *, apply: "Apply", loss: Loss) -> Metrics:
+    """Metrics of one batch as (sum, count) pairs; nothing is updated, nothing is random."""
+    outputs, _ = apply(params, extra, batch["inputs"], train=False)
+    return loss(outputs, batch)
+
+
+def streams(seed: int, step: Any) -> dict[str, jax.Array]:
+    """Keys of one step: a fold for the step, then one a purpose. A Linen stream of another name falls to "params"."""
+    key = jax.random.fold_in(base_key(seed), step)
+    return {"dropout": jax.random.fold_in(key, 0), "params": jax.random.fold_in(key, 1)}
+
+
+Apply = Callable[..., tuple[Any, Any]]
+
+
+def make_apply(model: nn.Module) -> Apply:
+    """(params, extra, inputs, *, train, rngs=None) -> (outputs, extra after).
+
+    A module whose `__call__` takes `train` is told; one that does not is the same in training and evaluation.
+    """
+    told = "train" in inspect.signature(type(model).__call__).parameters
+
+    def apply(params: Any, extra: Any, inputs: Any, *, train: bool, rngs: Any = None) -> tuple[Any, Any]:
+        call = partial(model.apply, train=train) if told else model.apply
+        return call({"params": params, **extra}, inputs, rngs=rngs, mutable=list(extra) if train else [])
+
+    return apply
+
+
+def make_gradient(apply: Apply, loss: Loss) -> Gradient:
+    """The gradient of the sum of a batch's losses, with the model's other collections and the metrics."""
+
+    def objective(params: Any, extra: Any, batch: Batch, rngs: Any) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        outputs, extra = apply(params, extra, batch["inputs"], train=True, rngs=rngs)
+        metrics = loss(outputs, batch)
+        return metrics["loss"][0], (extra, metrics)
+
+    def gradient(params: Any, extra: Any, batch: Batch, rngs: Any) -> tuple[Any, Any, Metrics]:
+        grads, (extra, metrics) = jax.grad(objective, has_aux=True)(params, extra, batch, rngs)
+        return grads, extra, metrics
+
+    return gradient
+
+
+def repeated(step: Step, most: int) -> Step:
+    """Several steps in one dispatch: (state, feed) -> (state, outputs), both stacked over up to `most` steps.
+
+    `feed` is {"count": int32 scalar, "each": pytree of (most, ...), "every": pytree that all steps see}. Only the first
+    `count` steps are made, so one compiled program serves every stretch between two events, with the same bits however
+    the steps are cut into dispatches. With `most` = 1 it is the bare step: XLA runs convolutions in a loop on CPU 5 to
+    14 times slower (jax issue 12868).
+    """
+
+    def one(state: TrainState, feed: Any, i: Any) -> tuple[TrainState, Any]:
+        return step(state, (jax.tree.map(lambda x: x[i], feed["each"]), feed["every"]))
+
+    def single(state: TrainState, feed: Any) -> tuple[TrainState, Any]:
+        state, outputs = one(state, feed, 0)
+        return state, jax.tree.map(lambda x: x[None], outputs)
+
+    def several(state: TrainState, feed: Any) -> tuple[TrainState, Any]:
+        shapes = jax.eval_shape(one, state, feed, 0)[1]
+        empty = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
+
+        def body(i: Any, carry: Any) -> Any:
+            state, outputs = carry
+            state, new = one(state, feed, i)
+            return state, jax.tree.map(lambda old, x: old.at[i].set(x), outputs, new)
+
+        return jax.lax.fori_loop(0, feed["count"], body, (state, empty))
+
+    return single if most == 1 else several
+
+
+def compile_step(
+    function: Callable[..., Any],
+    *arguments: Any,
+    mesh: Mesh,
+    out_shardings: Any = None,
+    donate: tuple[int, ...] = (),
+) -> jax.stages.Lowered:
+    """Lower `function` for `mesh`; `.compile()` the result and call it. The one way to a compiled step.
+
+    A compiled program takes arguments of one shape, dtype and sharding, and refuses all others: it never recompiles.
+
+    Args:
+      function: pure, such as a `partial` of `train_step`.
+      *arguments: `jax.ShapeDtypeStruct` trees with shardings (or arrays); nothing is allocated.
+      mesh: also the context in which models' logical constraints mean something.
+      out_shardings: of the results; None lets the compiler choose.
+      donate: positions of arguments whose memory the results reuse.
+    """
+    places = jax.tree.map(lambda x: x.sharding, arguments)
+    jitted = jax.jit(function, in_shardings=places, out_shardings=out_shardings, donate_argnums=donate)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
+        return jitted.lower(*arguments)

@@ -1,0 +1,332 @@
+"""The transformer: what must be true of it whatever its weights are."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxmodels.models import build
+from flaxmodels.models.transformer import Transformer, rotate
+from flaxmodels.registry import UserError
+
+SIZES = {"vocab_size": 16, "layers": 2, "width": 16, "heads": 4, "max_length": 8}
+LLAMA = Transformer(**SIZES, kv_heads=2)
+GPT2 = Transformer(**SIZES, norm="layer", positions="learned", mlp="gelu", tied_head=True, use_bias=True)
+BOTH = pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
+TOKENS = jnp.arange(16).reshape(2, 8) * 3 % 16
+RULES = [
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("embed", None),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+]
+
+
+def random_params(model, seed=0):
+    """Every parameter drawn anew, so that no bias is zero and no scale is one."""
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), jnp.float32), params)
+
+
+def run(model, params, tokens=TOKENS, **options):
+    return jax.jit(lambda params, tokens: model.apply(params, tokens, **options))(params, tokens)
+
+
+def names(params):
+    return {"/".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+
+
+# What it computes
+
+
+def reference(model, params, tokens):
+    """The same model in the plainest terms: one sequence, a loop over layers, heads and places."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), params["params"])
+    heads, kv_heads = model.heads, model.kv_heads or model.heads
+    T, H = len(tokens), model.width // heads
+
+    def norm(x, p):
+        if model.norm == "rms":
+            return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
+
+    def dense(x, p, axes=1):
+        return np.tensordot(x, p["kernel"], axes) + p.get("bias", 0)
+
+    def turn(x, t):  # a pair is a complex number
+        z = (x[: H // 2] + 1j * x[H // 2 :]) * np.exp(1j * t * model.rope_base ** (-2 * np.arange(H // 2) / H))
+        return np.concatenate([z.real, z.imag]) if model.positions == "rope" else x
+
+    def attention(x, p):
+        q, k, v = (dense(x, p[name]) for name in ("query", "key", "value"))
+        y = np.zeros((T, heads, H))
+        for n in range(heads):
+            m = n // (heads // kv_heads)
+            for t in range(T):
+                scores = [turn(q[t, n], t) @ turn(k[s, m], s) / np.sqrt(H) for s in range(t + 1)]
+                shares = np.exp(scores) / np.exp(scores).sum()
+                y[t, n] = shares @ v[: t + 1, m]
+        return dense(y, p["out"], axes=2)
+
+    def mlp(x, p):
+        up = dense(x, p["up"])
+        if model.mlp == "swiglu":
+            gate = dense(x, p["gate"])
+            return dense(gate / (1 + np.exp(-gate)) * up, p["down"])
+        return dense(0.5 * up * (1 + np.tanh(np.sqrt(2 / np.pi) * (up + 0.044715 * up**3))), p["down"])
+
+    x = params["embed"]["embedding"][tokens]
+    if model.positions == "learned":
+        x = x + params["embed_positions"]["embedding"][:T]
+    for layer in range(model.layers):
+        p = jax.tree.map(lambda x, layer=layer: x[layer], params["blocks"])
+        x = x + attention(norm(x, p["norm_attention"]), p["attention"])
+        x = x + mlp(norm(x, p["norm_mlp"]), p["mlp"])
+    x = norm(x, params["norm"])
+    return x @ (params["embed"]["embedding"].T if model.tied_head else params["head"]["kernel"])
+
+
+@BOTH
+def test_scan_over_layers_equals_a_plain_loop(model):
+    params = random_params(model)
+    logits = run(model, params)
+    expected = np.stack([reference(model, params, tokens) for tokens in np.asarray(TOKENS)])
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unrolling_the_loop_changes_nothing():
+    params = random_params(LLAMA)
+    unrolled = run(LLAMA.clone(unroll=2), params)
+    np.testing.assert_allclose(unrolled, run(LLAMA, params), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_no_output_depends_on_a_later_input(model):
+    params = random_params(model)
+    tokens = jnp.arange(8)[None]  # each token once: row t of the embedding is the input at t
+
+    def outputs(embedding):  # the head must not be the embedding here
+        inner = {**params["params"], "embed": {"embedding": embedding}}
+        if model.tied_head:
+            inner["head"] = {"kernel": params["params"]["embed"]["embedding"].T}
+        return model.clone(tied_head=False).apply({"params": inner}, tokens)[0, :, :3].sum(-1)
+
+    jacobian_TxVxD = jax.jit(jax.jacrev(outputs))(params["params"]["embed"]["embedding"])
+    touched_TxT = (jacobian_TxVxD[:, :8] != 0).any(-1)
+    np.testing.assert_array_equal(touched_TxT, np.tri(8, dtype=bool))
+
+
+def test_grouped_heads_equal_full_heads_with_repeated_weights():
+    params = random_params(LLAMA)
+    attention = params["params"]["blocks"]["attention"]
+    repeated = {n: {"kernel": jnp.repeat(attention[n]["kernel"], 2, axis=2)} for n in ("key", "value")}
+    blocks = {**params["params"]["blocks"], "attention": {**attention, **repeated}}
+    full = LLAMA.clone(kv_heads=None)
+    expected = run(full, {"params": {**params["params"], "blocks": blocks}})
+    np.testing.assert_allclose(run(LLAMA, params), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rotated_scores_depend_on_the_distance_only():
+    q_H, k_H = jax.random.normal(jax.random.key(0), (2, 8))
+    q_TxH, k_TxH = (rotate(jnp.tile(x, (1, 16, 1, 1)), 100.0)[0, :, 0] for x in (q_H, k_H))
+    scores = np.asarray(q_TxH @ k_TxH.T)
+    for distance in range(-15, 16):
+        np.testing.assert_allclose(np.diagonal(scores, distance), np.diagonal(scores, distance)[0], atol=1e-5)
+    assert np.ptp(scores[0]) > 0.1  # and do depend on it
+
+
+def test_rotation_keeps_lengths_and_dtype_and_leaves_the_first_place():
+    x = jax.random.normal(jax.random.key(0), (2, 16, 3, 8))
+    np.testing.assert_allclose(jnp.linalg.norm(rotate(x, 1e4), axis=-1), jnp.linalg.norm(x, axis=-1), rtol=1e-5)
+    np.testing.assert_array_equal(rotate(x, 1e4)[:, 0], x[:, 0])
+    assert rotate(x.astype(jnp.bfloat16), 1e4).dtype == jnp.bfloat16
+
+
+def test_rotation_tells_far_places_apart_in_bfloat16():
+    x = jnp.ones((1, 512, 1, 2), jnp.bfloat16)
+    turned = rotate(x, 1e4)[0, :, 0].astype(jnp.float32)
+    angles = np.arange(512) + np.pi / 4
+    np.testing.assert_allclose(turned, np.sqrt(2) * np.stack([np.cos(angles), np.sin(angles)], -1), atol=0.01)
+
+
+# Numbers and names
+
+
+def test_logits_and_parameters_stay_float32_when_the_compute_is_bfloat16():
+    rough, params = jax.jit(LLAMA.clone(dtype="bfloat16").init_with_output)(jax.random.key(0), TOKENS)
+    exact = run(LLAMA, params)
+    assert rough.dtype == exact.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(rough, exact, atol=0.01)
+    assert not np.array_equal(rough, exact)
+
+
+def test_parameters_have_these_names_and_shapes():
+    assert names(random_params(LLAMA)) == {
+        "params/embed/embedding": (16, 16),
+        "params/blocks/norm_attention/scale": (2, 16),
+        "params/blocks/attention/query/kernel": (2, 16, 4, 4),
+        "params/blocks/attention/key/kernel": (2, 16, 2, 4),
+        "params/blocks/attention/value/kernel": (2, 16, 2, 4),
+        "params/blocks/attention/out/kernel": (2, 4, 4, 16),
+        "params/blocks/norm_mlp/scale": (2, 16),
+        "params/blocks/mlp/up/kernel": (2, 16, 64),
+        "params/blocks/mlp/gate/kernel": (2, 16, 64),
+        "params/blocks/mlp/down/kernel": (2, 64, 16),
+        "params/norm/scale": (16,),
+        "params/head/kernel": (16, 16),
+    }
+
+
+def test_a_tied_head_has_no_parameter():
+    assert "params/head/kernel" not in names(random_params(GPT2))
+    assert not any("head" in name for name in names(random_params(LLAMA.clone(tied_head=True))))
+
+
+@pytest.mark.parametrize(("fields", "width"), [({}, 384), ({"mlp": "gelu"}, 512), ({"mlp_width": 40}, 40)])
+def test_the_mlp_has_its_width(fields, width):
+    model = Transformer(16, layers=1, width=128, **fields)
+    assert names(random_params(model))["params/blocks/mlp/up/kernel"] == (1, 128, width)
+
+
+def test_initial_weights_have_their_scale_and_differ_between_layers():
+    model = Transformer(256, layers=8, width=64, heads=2)
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
+    blocks = params["blocks"]
+    for kernel in (params["embed"]["embedding"], params["head"]["kernel"], blocks["attention"]["query"]["kernel"]):
+        np.testing.assert_allclose(kernel.std(), 0.02, rtol=0.05)
+    for kernel in (blocks["attention"]["out"]["kernel"], blocks["mlp"]["down"]["kernel"]):
+        np.testing.assert_allclose(kernel.std(), 0.02 / 4, rtol=0.05)  # sqrt(2 * 8) = 4
+    first, second = blocks["mlp"]["up"]["kernel"][:2]
+    assert not np.array_equal(first, second)
+
+
+def test_the_program_does_not_grow_with_depth():
+    def size(layers):
+        model = LLAMA.clone(layers=layers, dropout=0.1)
+        params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+
+        def loss(params):
+            return model.apply(params, TOKENS, train=True, rngs={"dropout": jax.random.key(0)}).sum()
+
+        return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
+
+    assert size(12) == size(2) > 100
+
+
+# Dropout
+
+
+def test_dropout_is_off_unless_training():
+    params = random_params(LLAMA)
+    noisy = LLAMA.clone(dropout=0.5)
+    np.testing.assert_array_equal(run(noisy, params), run(LLAMA, params))
+    draw = jax.jit(lambda seed: noisy.apply(params, TOKENS, train=True, rngs={"dropout": jax.random.key(seed)}))
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert not np.array_equal(draw(0), draw(1))
+
+
+def only(model, branch):
+    """Parameters by which one residual branch gives 1, the others 0, and the logits are what the last norm gives."""
+    params = jax.tree.map(jnp.zeros_like, random_params(model))
+    inner = params["params"]
+    part = inner["blocks"]["attention"]["out"] if branch == "attention" else inner["blocks"]["mlp"]["down"]
+    name, part = ("embedding", inner["embed"]) if branch == "embed" else ("bias", part)
+    part[name] = jnp.ones_like(part[name])
+    inner["norm"]["scale"] = jnp.ones_like(inner["norm"]["scale"])
+    inner["head"]["kernel"] = jnp.eye(model.width)
+    return params
+
+
+@pytest.mark.parametrize("branch", ["embed", "attention", "mlp"])
+def test_each_dropout_has_its_rate(branch):
+    rate = 0.3
+    model = LLAMA.clone(layers=1, width=128, vocab_size=128, use_bias=True, dropout=rate)
+    logits = run(model, only(model, branch), train=True, rngs={"dropout": jax.random.key(0)})
+    assert abs((logits == 0).mean() - rate) < 4 * (rate * (1 - rate) / logits.size) ** 0.5  # four standard deviations
+
+
+def test_layers_drop_different_places():
+    model = LLAMA.clone(width=128, vocab_size=128, use_bias=True, dropout=0.5)
+    logits = run(model, only(model, "mlp"), train=True, rngs={"dropout": jax.random.key(0)})
+    both = logits[0, 0] / logits[0, 0].max()  # kept by both layers: 1; by one: 1/2; by none: 0
+    assert set(np.unique(np.round(both, 3))) == {0, 0.5, 1}
+
+
+# On a mesh
+
+
+def on_mesh(f, params, tokens):
+    """Lower and run `f` on 8 devices under the rules; returns (lowered, outputs, mesh)."""
+    mesh = jax.make_mesh((4, 1, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        tokens = jax.device_put(tokens, jax.P(("data", "fsdp")))
+        lowered = jax.jit(f).lower(params, tokens)
+        return lowered, lowered.compile()(params, tokens), mesh
+
+
+def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
+    model = LLAMA.clone(norm="layer", use_bias=True)
+    params, tokens = random_params(model), jnp.tile(TOKENS, (4, 1))
+
+    def loss(params, tokens):
+        logits = model.apply(params, tokens)
+        return jax.nn.log_softmax(logits)[..., 0].mean(), logits
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    assert "sharding_constraint" not in jax.jit(step).lower(params, tokens).as_text()
+    (_, expected), gradients = jax.jit(step)(params, tokens)
+    lowered, ((_, logits), sharded), mesh = on_mesh(step, params, tokens)
+    assert lowered.as_text().count("sharding_constraint") > 8
+    layout = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
+    assert logits.sharding.is_equivalent_to(layout, 3)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), sharded, gradients)
+
+
+def test_one_kv_head_fits_an_axis_of_two_devices():
+    model = LLAMA.clone(kv_heads=1)
+    params, tokens = random_params(model), jnp.tile(TOKENS, (4, 1))
+    logits = on_mesh(model.apply, params, tokens)[1]
+    np.testing.assert_allclose(logits, run(model, params, tokens), rtol=1e-4, atol=1e-5)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"heads": 3}, r"model: width=128 must be a multiple of heads=3"),
+        ({"kv_heads": 3}, r"model: kv_heads=3 must divide heads=4"),
+        ({"width": 12}, r"model: width / heads = 3 must be even.*positions=\"learned\""),
+        ({"layers": 0}, r"model: layers=0 must be at least 1"),
+        ({"kv_heads": 0}, r"model: kv_heads=0 must be at least 1"),
+        ({"dropout": 1}, r"model: dropout=1 must be in \[0, 1\)"),
+        ({"kv_heads": 2.0}, r"model.kv_heads=2.0 has the wrong type: expected an integer or None"),
+        ({"norm": "batch"}, r"model.norm='batch' has the wrong type: expected one of 'rms', 'layer'"),
+    ],
+)
+def test_build_refuses(fields, message):
+    with pytest.raises(UserError, match=message):
+        build("transformer", vocab_size=16, **fields)
+
+
+def test_an_odd_head_is_fine_without_rotation():
+    assert build("transformer", vocab_size=16, width=12, positions="learned").heads == 4
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (8,)])
+def test_too_long_an_input_names_both_lengths(shape):
+    with pytest.raises(ValueError, match=rf"shape \({shape[0]},.*at most max_length=8"):
+        LLAMA.init(jax.random.key(0), jnp.zeros(shape, jnp.int32))
+
+
+def test_a_token_outside_the_vocabulary_is_not_clamped():
+    assert jnp.isnan(run(LLAMA, random_params(LLAMA), TOKENS.at[0, 0].set(16))[0, 0]).all()
