@@ -106,6 +106,11 @@ class Job:
         return lowered, names
 
 
+    def lower_norm(self) -> jax.stages.Lowered:
+        """Norm of the parameters, lowered. Not in the step: a pass over all parameters costs a small model a tenth."""
+        return step.compile_step(metrics.norm, self.abstract.params, mesh=self.mesh)
+
+
 def assemble(config: Mapping[str, Any]) -> Job:
     """Unpack a config.
 

@@ -204,7 +204,7 @@ class Run:
             raise UserError(
                 f"train.metric={job.cadence.metric!r} is not measured. {registry.suggest(job.cadence.metric, watched)}"
             )
-        self.eval_program = lowered.compile()
+        self.eval_program, self.norm_program = lowered.compile(), job.lower_norm().compile()
         self.names: list[str] = []
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
@@ -296,7 +296,8 @@ class Run:
         found, _ = evaluate(
             self.eval_program, params, state.extra, self.job.test.evaluation(), self.eval_names, lambda: bool(self.stop)
         )
-        self.evaluation = {f"eval/{name}": value for name, value in found.items()}
+        norm = float(jax.device_get(self.norm_program(params)))
+        self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}
 
     def _save(self, state: TrainState, step: int) -> None:
         self._read()

@@ -43,9 +43,7 @@ def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
 def norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves of a pytree, float32 scalar.
 
-    A contraction instead of `sum(x * x)`: XLA sums a float32 array on a CPU one element at a time, in order, which for
-    a small model costs as much as the rest of the step; a dot product is vectorised. It contracts all axes as they
-    are, so that a sharded array is not gathered.
+    A contraction of all axes as they are: vectorised on a CPU, and a sharded array is not gathered.
     """
     leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
     return jnp.sqrt(sum((jnp.tensordot(x, x, axes=x.ndim) for x in leaves), jnp.float32(0)))

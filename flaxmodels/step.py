@@ -57,7 +57,6 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics["grad_norm"] = metric.once(metric.norm(grads))
-    metrics["param_norm"] = metric.once(metric.norm(params))
     metrics["learning_rate"] = metric.once(schedule(state.step))
     return TrainState(state.step + 1, params, extra, opt_state), metrics
 

@@ -21,8 +21,15 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def init(model, inputs, **options):
-    return jax.jit(lambda key: model.init_with_output(key, inputs, **options))(jax.random.key(0))[1]
+def fill(model, inputs):
+    """Variables for `model` with random kernels: many times faster than compiling its own initialization."""
+    start = {"bias": 0, "mean": 0, "scale": 1, "var": 1}
+
+    def leaf(path, x):
+        name = path[-1].key
+        return jnp.full(x.shape, start[name], x.dtype) if name in start else 0.3 * normal(*x.shape)
+
+    return jax.tree_util.tree_map_with_path(leaf, jax.eval_shape(model.init, jax.random.key(0), inputs))
 
 
 def run(model, variables, inputs, **options):
@@ -119,20 +126,22 @@ SMALL = [
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda m: type(m).__name__)
 def test_logits_and_parameters_stay_float32_when_the_compute_is_bfloat16(model):
-    variables = init(model, IMAGES)
+    variables = fill(model, IMAGES)
     exact = run(model, variables, IMAGES)
-    rough, state = jax.jit(model.clone(dtype="bfloat16").init_with_output)(jax.random.key(0), IMAGES)
+    low = model.clone(dtype="bfloat16")
+    rough = run(low, variables, IMAGES)
+    state = jax.eval_shape(low.init, jax.random.key(0), IMAGES)
     assert exact.shape == (2, 3)
     assert rough.dtype == exact.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32")}
-    np.testing.assert_allclose(rough, exact, atol=0.1)
+    np.testing.assert_allclose(rough, exact, atol=0.03 * np.abs(exact).max())
     assert not np.array_equal(rough, exact)
 
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda m: type(m).__name__)
 def test_integer_pixels_are_the_same_as_float_ones(model):
     pixels = jnp.arange(2 * 8 * 8 * 3, dtype=jnp.uint8).reshape(2, 8, 8, 3)
-    variables = init(model, IMAGES)
+    variables = fill(model, IMAGES)
     np.testing.assert_array_equal(run(model, variables, pixels), run(model, variables, pixels.astype(jnp.float32)))
 
 
@@ -142,7 +151,7 @@ def test_integer_pixels_are_the_same_as_float_ones(model):
 def test_mlp_learns_xor():
     x, y = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32), jnp.array([0, 1, 1, 0])
     model, tx = MLP(2, hidden=(16,)), optax.adam(0.05)
-    params = init(model, x)
+    params = fill(model, x)
 
     def loss(params):
         return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
@@ -158,7 +167,7 @@ def test_mlp_learns_xor():
 
 
 def test_mlp_flattens_all_but_the_batch():
-    variables = MLP(3).init(jax.random.key(0), jnp.ones((2, 12)))
+    variables = fill(MLP(3), jnp.ones((2, 12)))
     x = normal(2, 2, 3, 2)
     np.testing.assert_array_equal(MLP(3).apply(variables, x), MLP(3).apply(variables, x.reshape(2, 12)))
 
@@ -238,7 +247,7 @@ def test_resnet_names_the_shape_it_refuses():
 
 @pytest.mark.parametrize("model", [CNN(3, features=(4,), dense=6, norm="batch"), SMALL[-1]], ids=["cnn", "resnet"])
 def test_batch_statistics_change_in_training_only(model):
-    variables = init(model, IMAGES)
+    variables = fill(model, IMAGES)
     before = variables["batch_stats"]
     _, same = run(model, variables, IMAGES, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, same["batch_stats"], before)
@@ -249,7 +258,7 @@ def test_batch_statistics_change_in_training_only(model):
 
 def test_running_averages_move_a_tenth_of_the_way():
     model = CNN(3, features=(4,), dense=6, norm="batch")
-    variables = init(model, IMAGES)
+    variables = fill(model, IMAGES)
     _, after = run(model, variables, IMAGES, train=True, mutable=["batch_stats"])
     conv = nn.Conv(4, (3, 3), use_bias=False).apply({"params": variables["params"]["conv_0"]}, IMAGES)
     stats = after["batch_stats"]["norm_0"]
@@ -262,7 +271,7 @@ def test_running_averages_move_a_tenth_of_the_way():
 
 def test_resnet_halves_the_sides_and_doubles_the_channels_in_each_stage():
     model = ResNet(3, stages=(2, 1, 1), width=4)
-    state = init(model, IMAGES, capture_intermediates=True)
+    _, state = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), IMAGES, capture_intermediates=True))
     shapes = {name: x["__call__"][0].shape for name, x in state["intermediates"].items() if name.startswith("stage")}
     assert shapes == {
         "stage_0_block_0": (2, 8, 8, 4),
@@ -274,6 +283,6 @@ def test_resnet_halves_the_sides_and_doubles_the_channels_in_each_stage():
 
 def test_a_new_resnet_block_passes_its_input_through():
     model = ResNet(3, stages=(2,), width=4)
-    state = init(model, IMAGES, capture_intermediates=True)
+    _, state = model.init_with_output(jax.random.key(0), IMAGES, capture_intermediates=True)
     x = nn.relu(state["intermediates"]["norm_stem"]["__call__"][0])
     np.testing.assert_array_equal(state["intermediates"]["stage_0_block_1"]["__call__"][0], x)
