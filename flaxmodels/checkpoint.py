@@ -5,10 +5,12 @@ resume needs beside arrays, the config, and versions. The step is the position i
 """
 
 import importlib.metadata
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
@@ -29,6 +31,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+# Orbax renames a step into this folder, in place of deleting it; the folder is emptied at the next save.
+TRASH = "deleted"
+
+
+def _watched(metrics: Any) -> float:
+    return metrics["watched"]
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -39,6 +49,7 @@ class Checkpoints:
       every_seconds: save when the last save is longer ago; 0 never saves by time.
       keep: newest checkpoints kept.
       keep_best: keep the one with the best metric too.
+      read_only: only look: nothing is made, cleaned up or deleted.
 
     Raises:
       UserError: the directory can't be made.
@@ -53,28 +64,34 @@ class Checkpoints:
         every_seconds: float = 600.0,
         keep: Positive = 2,
         keep_best: bool = True,
+        read_only: bool = False,
     ) -> None:
         self.every, self.every_seconds, self.keep_best = every, every_seconds, keep_best
         self._saved_at = time.monotonic()
-        kept: list[Any] = [policies.LatestN(keep)]
-        if keep_best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["watched"],
-                    reverse=best_mode == "min",
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
+        self._read_only = read_only
+        self._trash = directory / TRASH
+        watched: dict[str, Any] = {"best_fn": _watched, "best_mode": best_mode}  # without it Orbax writes no metrics
+        best = policies.BestN(
+            get_metric_fn=_watched,
+            reverse=best_mode == "min",
+            n=1 if keep_best else 0,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, **watched)
+            if read_only
+            else ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                # Deleting in place is not atomic: killed half way, it leaves a step that is listed and broken.
+                todelete_subdir=TRASH,
+                cleanup_tmp_directories=True,
+                **watched,
             )
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            save_decision_policy=policies.FixedIntervalPolicy(1),
-            # Deleting in place is not atomic: killed half way, it leaves a step that is listed and broken.
-            todelete_subdir="deleted",
-            cleanup_tmp_directories=True,
         )
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{directory} can't be written: {error.strerror}. Choose another --workdir.") from error
@@ -89,16 +106,16 @@ class Checkpoints:
         """The newest step on disk."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """All steps on disk."""
+        return sorted(self._manager.all_steps())
+
     def best(self) -> int | None:
         """The step with the best metric on disk; None where none has one."""
-        scored = []
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics:
-                scored.append((metrics["watched"], -step))
-        if not scored:
-            return None
-        return -(min(scored)[1] if self.best_mode == "min" else max(scored)[1])
+        sign = 1 if self.best_mode == "min" else -1
+        found = {step: self._manager.metrics(step) for step in self.steps()}
+        scored = [(sign * metrics["watched"], step) for step, metrics in found.items() if metrics]
+        return min(scored)[1] if scored else None
 
     def save(self, state: TrainState, step: int, meta: dict[str, Any], watched: float | None = None) -> bool:
         """Save `state`; returns when its arrays are copied, and writes on in the background.
@@ -117,6 +134,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return False
+        self._empty_trash()
         rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
         self._manager.save(
             step,
@@ -171,4 +189,9 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for the save in flight, and let go. Raises its error."""
         self._manager.wait_until_finished()
+        self._empty_trash()
         self._manager.close()
+
+    def _empty_trash(self) -> None:
+        if not self._read_only and jax.process_index() == 0:
+            shutil.rmtree(self._trash, ignore_errors=True)

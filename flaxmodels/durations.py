@@ -38,23 +38,24 @@ class Clock:
           UserError: not a duration, negative, or longer than makes sense.
         """
         amount, unit = parse(text, where)
-        return limit(math.ceil(amount * self._per(unit, text, where) - 1e-9), f"{where}={text!r}")
+        steps = self._steps(amount, unit, text, where)
+        if steps > LONGEST:
+            raise UserError(f"{where}={text!r} is {steps:.4g} steps, over the limit of {LONGEST}: is the unit right?")
+        return math.ceil(steps - 1e-9)
 
-    def _per(self, unit: str, text: str, where: str) -> float:
+    def _steps(self, amount: float, unit: str, text: str, where: str) -> float:
         if unit == "%":
             if self.total_steps is None:
                 raise UserError(f"{where}={text!r}: a share needs a run to be a share of; use steps or epochs here.")
-            return self.total_steps / 100
-        per_step = {"steps": 1.0, "epochs": self.batch_size / self.epoch_size, "examples": self.batch_size,
-                    "tokens": self.batch_size * self.tokens_per_example}  # fmt: skip
-        return 1 / per_step[unit]
-
-
-def limit(steps: int, what: str) -> int:
-    """`steps`, unless that is more than a run can have (UserError)."""
-    if steps > LONGEST:
-        raise UserError(f"{what} is {steps} steps, over the limit of {LONGEST}: is the unit right?")
-    return steps
+            return amount * self.total_steps / 100
+        # One division, at the end, so that a whole number of steps comes out whole.
+        times, over = {
+            "steps": (1, 1),
+            "epochs": (self.epoch_size, self.batch_size),
+            "examples": (1, self.batch_size),
+            "tokens": (1, self.batch_size * self.tokens_per_example),
+        }[unit]
+        return amount * times / over
 
 
 def parse(text: str, where: str) -> tuple[float, str]:
@@ -63,7 +64,7 @@ def parse(text: str, where: str) -> tuple[float, str]:
     Raises:
       UserError: not a duration, or negative.
     """
-    found = re.fullmatch(r"\s*([-+0-9.e_]+)\s*([a-z]+|%)\s*", text.lower())
+    found = re.fullmatch(r"\s*([-+]?[0-9._]+(?:e[-+]?[0-9]+)?)\s*([a-z]+|%)\s*", text.lower())
     unit = found.group(2) if found else ""
     unit = unit if unit in UNITS else unit + "s"
     try:

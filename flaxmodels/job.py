@@ -4,7 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -105,20 +105,23 @@ class Job:
         )  # fmt: skip
         return lowered, names
 
-
     def lower_norm(self) -> jax.stages.Lowered:
         """Norm of the parameters, lowered. Not in the step: a pass over all parameters costs a small model a tenth."""
         return step.compile_step(metrics.norm, self.abstract.params, mesh=self.mesh)
 
 
-def assemble(config: Mapping[str, Any]) -> Job:
+def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> Job:
     """Unpack a config.
+
+    Args:
+      config: section -> options, and "seed".
+      devices: to use; None uses all that there are.
 
     Raises:
       UserError: bad input of any kind, found before anything is computed.
     """
     written = sections.check(config, lambda text, where: parse(text, where) and text)
-    mesh = sharding.make_mesh(**written["mesh"])
+    mesh = sharding.make_mesh(**written["mesh"], devices=devices)
     batching, options = sections.split_data(written["data"])
     sharding.check_batch(mesh, batching["batch_size"])
     sharding.check_batch(mesh, batching["eval_batch_size"], "data.eval_batch_size")

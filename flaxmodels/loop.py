@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,6 +116,37 @@ def fit(
                 return Run(job, checkpoints, writers, stop, memory, resolved).train(state)
 
 
+def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> tuple[int, dict[str, float], float]:
+    """Evaluate a checkpoint on the whole evaluation split, with the averaged parameters where there are some.
+
+    Args:
+      job: of the config that the workdir was trained with.
+      workdir: of a run; only read.
+      which: "best", "latest", or a step.
+
+    Returns:
+      (step, metrics, the weight that counted).
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit the config.
+    """
+    folder = Path(workdir) / "checkpoints"
+    if not folder.is_dir():
+        raise UserError(f"--workdir={str(workdir)!r} has no checkpoints: train first, or name the workdir of a run.")
+    checkpoints = Checkpoints(folder, best_mode=job.cadence.mode, read_only=True, **job.checkpoint)
+    with contextlib.closing(checkpoints):
+        steps = checkpoints.steps()
+        named = {"best": checkpoints.best() or checkpoints.latest(), "latest": checkpoints.latest()}
+        step = named.get(which, int(which) if which.isdecimal() else None)
+        if step is None or step not in steps:
+            known = [*named, *map(str, steps)]
+            raise UserError(f"--step={which!r} is not in {str(folder)!r}. {registry.suggest(which, known)}")
+        state, _ = checkpoints.restore(step, job.abstract)
+    lowered, names = job.lower_eval()
+    params = optim.parameters_average(state.opt_state, state.params)
+    return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)
+
+
 def _first_process(context: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
     """`context` on process 0; nothing on the others, which share its workdir."""
     return context if jax.process_index() == 0 else contextlib.nullcontext()
@@ -156,7 +186,7 @@ def _same_config(workdir: Path, resolved: Mapping[str, Any], allowed: bool) -> N
     if jax.process_index() == 0:
         new = file.with_suffix(".tmp")
         new.write_text(json.dumps({"config": now, "versions": versions()}, indent=1) + "\n")
-        os.replace(new, file)
+        new.replace(file)
 
 
 def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, int, int]]:
@@ -168,7 +198,7 @@ def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, 
 
 
 def stretches(start: int, total: int, most: int, marks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut steps `start` to `total` into dispatches: (first step, number), up to `most`, none across a multiple of a mark."""
+    """Cut steps `start` to `total` into dispatches of up to `most`, none across a multiple of a mark: (first, number)."""
     while start < total:
         end = min([total, start + most, *(start // mark * mark + mark for mark in marks if mark)])
         yield start, end - start

@@ -44,19 +44,31 @@ def softmax_cross_entropy(
       (sum, count) of "loss" and of each of `metrics`.
 
     Raises:
+      ValueError: targets do not have the shape of outputs without their last axis, or weights not that of targets.
       UserError: "bits_per_byte" without `token_bytes`, or `top_k` over the number of classes.
     """
     logits, targets, weights = outputs.astype(jnp.float32), batch["targets"], batch["weights"]
+    if logits.shape[:-1] != targets.shape:  # broadcasting here would be silent nonsense
+        raise ValueError(
+            f"outputs have shape {logits.shape}, targets {targets.shape}: expected {logits.shape[:-1]} for the targets."
+        )
     classes = logits.shape[-1]
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of an index: its gradient is no scatter, and logits sharded over classes stay sharded.
-    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
-    hit = ids == targets[..., None]
+    # Both int32: the ids of 300 classes do not fit into targets of uint8.
+    ids, wanted = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1), targets[..., None].astype(jnp.int32)
+    hit = ids == wanted
     target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     nll = log_z - target_logit
-    loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - jnp.mean(logits, axis=-1)) + z_loss * log_z**2
-    # The place of the target among the logits; of equal ones the first wins, as in argmax.
-    ahead = (logits > target_logit[..., None]) | ((logits == target_logit[..., None]) & (ids < targets[..., None]))
+    loss = nll
+    if label_smoothing:  # times 0 would be NaN where a model masks a class by a logit of minus infinity
+        loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
+    if z_loss:
+        loss += z_loss * log_z**2
+    # The place of the target among the logits; of equal ones the first wins, as in argmax. Nothing is under a NaN, so
+    # a model that has diverged is never right.
+    best = target_logit[..., None]
+    ahead = jnp.where(ids < wanted, ~(logits < best), ~(logits <= best))
     rank = jnp.sum(ahead, axis=-1)
     if "top_k" in metrics and top_k > classes:
         raise registry.UserError(f"loss.top_k={top_k} is over the {classes} classes of the outputs.")

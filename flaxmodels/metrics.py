@@ -25,7 +25,12 @@ def weighted(values: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Arra
     """`values` and `weights` of one shape -> (sum of value x weight, sum of weights), float32 scalars.
 
     Where a weight is 0 its value does not count, not even when it is not finite.
+
+    Raises:
+      ValueError: the shapes differ.
     """
+    if values.shape != weights.shape:  # broadcasting here would be silent nonsense
+        raise ValueError(f"values have shape {values.shape}, weights {weights.shape}: expected the same.")
     weights = weights.astype(jnp.float32)
     return jnp.sum(jnp.where(weights == 0, 0.0, values.astype(jnp.float32) * weights)), jnp.sum(weights)
 
@@ -43,10 +48,12 @@ def ratio(total: jax.Array, count: jax.Array) -> jax.Array:
 def norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves of a pytree, float32 scalar.
 
-    A contraction of all axes as they are: vectorised on a CPU, and a sharded array is not gathered.
+    A contraction of all axes as they are: vectorised on a CPU, and a sharded array is not gathered. In full precision,
+    which on accelerators is not the default of contractions.
     """
+    highest = jax.lax.Precision.HIGHEST
     leaves = [x.astype(jnp.float32) for x in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum((jnp.tensordot(x, x, axes=x.ndim) for x in leaves), jnp.float32(0)))
+    return jnp.sqrt(sum((jnp.tensordot(x, x, axes=x.ndim, precision=highest) for x in leaves), jnp.float32(0)))
 
 
 def pack(metrics: Metrics) -> jax.Array:

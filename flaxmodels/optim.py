@@ -58,11 +58,11 @@ def muon(
 
 
 def adafactor(
-    decay: Fraction = 0.8, clip_update: float = 1.0, min_factored: Positive = 128
+    decay_rate: Fraction = 0.8, clip_update: float = 1.0, min_factored: Positive = 128
 ) -> optax.GradientTransformation:
     """Adafactor's direction (Shazeer and Stern 2018, arXiv:1804.04235), scaled by the parameter's RMS."""
     return optax.chain(
-        optax.scale_by_factored_rms(decay_rate=decay, min_dim_size_to_factor=min_factored),
+        optax.scale_by_factored_rms(decay_rate=decay_rate, min_dim_size_to_factor=min_factored),
         optax.clip_by_block_rms(clip_update),
         optax.scale_by_param_block_rms(),
     )
@@ -92,7 +92,8 @@ def cosine(steps: int, final: Fraction = 0.0) -> Schedule:
 
 def rsqrt(steps: int, timescale: Steps = 10_000) -> Schedule:
     """sqrt(timescale / (step + timescale)): no end is built in (Zhai et al. 2021, arXiv:2106.04560, sec. 3.5)."""
-    return lambda step: jnp.sqrt(timescale / (step + max(timescale, 1)))
+    timescale = max(timescale, 1)
+    return lambda step: jnp.sqrt(timescale / (step + timescale))
 
 
 def wsd(steps: int, decay: Fraction = 0.2, final: Fraction = 0.0) -> Schedule:
@@ -146,6 +147,7 @@ def make(
         rule matches none of them.
     """
     direction, curve = targets(name, schedule)
+    options = registry.bind([direction, curve], options, where="optim", provided=("steps",))
     own = registry.parameters([direction])
     if warmup >= max(total_steps, 1) and warmup > 0:
         raise UserError(f"optim.warmup={warmup} steps is not shorter than the run of {total_steps} steps.")
@@ -192,11 +194,15 @@ class _Rule(NamedTuple):
 
     @classmethod
     def parse(cls, pattern: str, settings: Mapping[str, Any]) -> "_Rule":
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"optim.rules: {pattern!r} is not a regular expression: {error}.") from error
+        _compiled(pattern, "optim.rules")
         return cls(pattern, **registry.bind(cls, settings, where=f"optim.rules[{pattern!r}]", provided=("pattern",)))
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from error
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
@@ -226,6 +232,8 @@ def _decay_mask(mask: Literal["matrices", "all"] | str) -> Callable[[str, Any], 
     if mask == "matrices":
         # By name too: under nn.scan a bias has a leading layer axis, and rank 2.
         return lambda path, x: x.ndim >= 2 and path.rsplit("/", 1)[-1] not in ("bias", "scale")
+    if mask != "all":
+        _compiled(mask, "optim.decay_mask")
     return lambda path, x: mask == "all" or re.search(mask, path) is not None
 
 

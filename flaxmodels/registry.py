@@ -31,7 +31,7 @@ class Range:
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"at least {self.low:g}"
+            return f"at least {self.low:g}" if self.low > -math.inf else "of either sign"
         return f"between {self.low:g} and {self.high:g}"
 
 
@@ -73,6 +73,8 @@ def pick(table: Mapping[str, Any], name: str, where: str) -> Any:
 
 def _import(target: str, where: str) -> Any:
     module, _, attribute = target.partition(":")
+    if not module or module.startswith("."):
+        raise UserError(f"{where}={target!r} names no module: your own is named \"package.module:attribute\".")
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -93,7 +95,11 @@ def parameters(functions: Sequence[Callable[..., Any]], provided: Collection[str
     found: dict[str, inspect.Parameter] = {}
     for function in functions:
         linen = {"parent", "name"} if hasattr(function, "__linen_is_wrapped") or _is_linen(function) else set()
-        for name, parameter in inspect.signature(function).parameters.items():
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{function!r} takes no options: expected a function, or a class, of Python.") from error
+        for name, parameter in signature.parameters.items():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if named and name not in linen and name not in provided:
                 found.setdefault(name, parameter.replace(annotation=_annotation(function, name, parameter)))
@@ -107,7 +113,7 @@ def _is_linen(function: Any) -> bool:
 def _annotation(function: Any, name: str, parameter: inspect.Parameter) -> Any:
     try:
         return typing.get_type_hints(function, include_extras=True).get(name, parameter.annotation)
-    except (NameError, TypeError):  # a user's annotation that can't be resolved here checks nothing
+    except (NameError, TypeError, AttributeError):  # a user's annotation that can't be resolved here checks nothing
         return parameter.annotation
 
 
@@ -136,7 +142,7 @@ def bind(
     Raises:
       UserError: a key is unknown or missing, or a value has the wrong type or range.
     """
-    known = parameters([functions] if callable(functions) else functions, provided)
+    known = parameters(functions if isinstance(functions, Sequence) else [functions], provided)
     checked = {}
     for key, value in options.items():
         if key not in known:
@@ -153,10 +159,9 @@ def bind(
 def check(value: Any, annotation: Any, where: str, convert: Callable[[str, str], Any] | None = None) -> Any:
     """Check one value against one annotation; return it plain (tuples, dicts, steps). Raises UserError."""
     value = plain(value)
-    bounds, is_duration = Range(), False
-    if typing.get_origin(annotation) is typing.Annotated:
-        bounds = next((m for m in annotation.__metadata__ if isinstance(m, Range)), bounds)
-        is_duration = "duration" in annotation.__metadata__
+    said = _metadata(annotation)
+    bounds = next((m for m in said if isinstance(m, Range)), Range())
+    is_duration = "duration" in said
     if is_duration and isinstance(value, str) and convert is not None:
         value = convert(value, where)
     elif not (is_duration and isinstance(value, str)) and not accepts(value, annotation):
@@ -165,12 +170,25 @@ def check(value: Any, annotation: Any, where: str, convert: Callable[[str, str],
     return value
 
 
+def _metadata(annotation: Any) -> tuple[Any, ...]:
+    """What `Annotated` says about the numbers of an annotation, also inside of `Positive | None` or a tuple."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return tuple(annotation.__metadata__)
+    inside = typing.get_args(annotation) if origin in (typing.Union, types.UnionType, tuple, list, Sequence) else ()
+    return next(filter(None, map(_metadata, inside)), ())
+
+
 def _check_numbers(value: Any, bounds: Range, where: str) -> None:
-    for item in value if isinstance(value, tuple) else (value,):
+    for item in _leaves(value):
         if isinstance(item, bool) or not isinstance(item, int | float):
             continue
-        if not math.isfinite(item) or not bounds.low <= item <= bounds.high:
+        if abs(item) == math.inf or not bounds.low <= item <= bounds.high:  # NaN is in no range
             raise UserError(f"{where}={value!r} is out of range: expected a finite number, {bounds}.")
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [leaf for item in value for leaf in _leaves(item)] if isinstance(value, tuple) else [value]
 
 
 def plain(value: Any) -> Any:

@@ -108,7 +108,7 @@ SECTIONS: Mapping[str, Section] = {
     "mesh": Section(lambda _: [sharding.make_mesh], provided=("devices",)),
     "sharding": Section(lambda _: [rules]),
     "train": Section(lambda _: [Cadence]),
-    "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode")),
+    "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode", "read_only")),
 }
 
 

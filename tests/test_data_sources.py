@@ -101,6 +101,7 @@ def test_image_batch(data_dir):
     assert batch["inputs"].shape == (3, 8, 8, 1) and batch["inputs"].dtype == np.float32
     np.testing.assert_array_equal(batch["inputs"][0] * 16, split.arrays["image"][3])
     assert batch["weights"].tolist() == [1, 0, 1]
+    np.testing.assert_array_equal(batch["inputs"][1], batch["inputs"][2])  # padding is row 0
     assert batch["targets"][0] == split.arrays["label"][3]
 
 
@@ -148,11 +149,18 @@ def test_two_processes_prepare_at_once(data_dir, tmp_path):
     assert outputs == [(digits(data_dir).fingerprint + "\n", "")] * 2, "and no noise from TFDS"
 
 
-def test_half_written_arrays_are_made_again(data_dir, tmp_path):
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other shape", "other dtype", "gone"])
+def test_arrays_that_are_not_what_was_written_are_made_again(data_dir, tmp_path, damage):
     shutil.copytree(data_dir, tmp_path, dirs_exist_ok=True)
     label = tmp_path / "flaxmodels_digits/1.0.0/flaxmodels_arrays_v1/train/label.npy"
-    label.write_bytes(label.read_bytes()[:500])
-    assert digits(tmp_path).fingerprint == digits(data_dir).fingerprint
+    if damage in ("cut off", "empty"):
+        label.write_bytes(label.read_bytes()[: 500 if damage == "cut off" else 0])
+    elif damage == "gone":
+        label.unlink()
+    else:
+        array = np.load(label)
+        np.save(label, array[:-1] if damage == "other shape" else array.astype(np.int64))
+    assert digits(tmp_path).train.arrays["label"].dtype == np.int32
     np.testing.assert_array_equal(np.load(label), digits(data_dir).train.arrays["label"])
 
 

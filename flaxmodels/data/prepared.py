@@ -148,11 +148,6 @@ def _read(folder: Path) -> Prepared | None:
                 return None
             array.setflags(write=False)
             arrays.setdefault(split, {})[feature] = array
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        ValueError,
-        EOFError,
-    ):  # what np.load and json say of half a file
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):  # the last two: of half a file
         return None
     return Prepared(arrays, fingerprint(described))

@@ -99,7 +99,7 @@ def max_pool(x_BxHxWxC: jax.Array, p: int) -> jax.Array:
 
 
 # XLA's own gradient of max-pool (select_and_scatter) was over half of this network's train step on CPU. This one keeps
-# a byte a window, the place of its first maximum, and compares with it: 2.6 times as fast a step, and 1.5 times as
+# a byte a window, the place of its first maximum, and compares with it: 2.5 times as fast a step, and 1.3 times as
 # fast as through the gradient of jnp.max. Ties have one winner, as in select_and_scatter. Comparing x with its
 # maximum would do as well on CPU, but loses gradients where XLA keeps one of the two in a higher precision.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -1,0 +1,55 @@
+"""Tests run stricter than users do: 8 simulated devices, rank promotion raises; pyproject.toml: warnings are errors."""
+
+import os
+
+# Before JAX is imported by anything.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Rank promotion raises; compiled programs are shared between tests; data sets are prepared once, off the home."""
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    old = os.environ.get("TFDS_DATA_DIR")
+    os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+    yield
+    os.environ.pop("TFDS_DATA_DIR") if old is None else os.environ.update(TFDS_DATA_DIR=old)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, beside the repository; a test that needs it skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not there: expected {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def run() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command of the repository as a user would, on one device: run("train.py", "--config=...", devices=1)."""
+
+    def command(*arguments: object, devices: int = 1, timeout: float = 300, **environment: str):
+        env = {
+            **os.environ,
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "PYTHONPATH": str(ROOT),
+            **environment,
+        }
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+        )
+
+    return command

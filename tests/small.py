@@ -1,0 +1,54 @@
+"""Small jobs that tests share: one a model family, with BatchNorm and dropout, and data made on the spot."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from flaxmodels import metrics
+from flaxmodels.job import Job
+from flaxmodels.state import TrainState
+
+IMAGES = dict(name="synthetic_images", batch_size=16)
+TOKENS = dict(name="synthetic_tokens", batch_size=16)
+ADAM = dict(name="adam", learning_rate=3e-3)
+
+
+def config(model: str, **sections: Any) -> dict[str, Any]:
+    """A config of a family: "mlp", "cnn" (BatchNorm), "resnet" or "transformer"."""
+    models = {
+        "mlp": dict(name="mlp", hidden=(64,), dropout=0.1),
+        "cnn": dict(name="cnn", features=(8, 16), norm="batch", dropout=0.1, dense=64),
+        "resnet": dict(name="resnet", width=8),
+        "transformer": dict(name="transformer", layers=2, width=32, heads=2, dropout=0.1),
+    }
+    data = TOKENS if model == "transformer" else IMAGES
+    base: dict[str, Any] = dict(model=models[model], data=data, optim=ADAM, train=dict(duration=20, log_every=1))
+    for name, options in sections.items():
+        base[name] = {**base.get(name, {}), **options} if isinstance(options, Mapping) else options
+    return base
+
+
+def train(job: Job, steps: int | None = None) -> tuple[TrainState, np.ndarray, list[str]]:
+    """Train a job without the loop: (state, packed metrics (steps, names, 2), names)."""
+    lowered, names = job.lower_train()
+    program, state, most = lowered.compile(), job.fresh(), job.cadence.steps_per_dispatch
+    total = steps or job.total_steps
+    plan = [(first, min(most, total - first)) for first in range(0, total, most)]
+    rows = []
+    for (_, count), feed in zip(plan, job.train.dispatches(job.seed, plan, most), strict=True):
+        state, packed = program(state, feed)
+        rows.append(np.asarray(packed)[:count])
+    return state, np.concatenate(rows), names
+
+
+def means(packed: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
+    """Metric -> its mean at each step."""
+    rows = [metrics.means({n: tuple(pair) for n, pair in zip(names, row.tolist())}) for row in packed]
+    return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+def bits(tree: Any) -> list[bytes]:
+    """The bytes of each leaf."""
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves(jax.device_get(tree))]
