@@ -5,12 +5,14 @@ The same command again resumes. Exit codes: 0 done, 2 bad input, 130 and 143 sto
 
 import sys
 
-from flaxmodels import config, loop
 from flaxmodels.runtime import exits
 
 
 def main(argv: list[str]) -> int:
     """Flags -> config -> fit. Returns the exit code."""
+    with exits.importing():
+        from flaxmodels import config, loop
+
     flags = config.parse(config.train_parser("train.py"), argv)
     return loop.fit(
         flags.config,

@@ -1,6 +1,8 @@
-"""An MLP on scikit-learn's 1,797 handwritten digits.
+"""An MLP on scikit-learn's 1,797 handwritten digits, a fifth of them held out. The first thing to run.
 
-python train.py --config=configs/digits_mlp.py
+    python train.py --config=configs/digits_mlp.py
+
+@@
 """
 
 from ml_collections import ConfigDict
@@ -9,10 +11,16 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The config."""
     config = ConfigDict()
-    config.model = dict(name="mlp", hidden=(128,))
+    config.model = dict(name="mlp", hidden=(256, 128), dropout=0.2)
+    config.loss = dict(name="softmax_cross_entropy", label_smoothing=0.1)
     config.data = dict(name="digits", batch_size=64)
-    config.optim = dict(name="adam", learning_rate=3e-3, schedule="cosine")
+    config.optim = dict(name="adamw", learning_rate=3e-3, schedule="cosine", weight_decay=0.05)
     config.train = dict(
-        duration="30 epochs", eval_every="5 epochs", steps_per_dispatch=16, metric="eval/accuracy", mode="max"
+        duration="30 epochs",
+        eval_every="5 epochs",
+        log_every=50,  # steps
+        steps_per_dispatch=16,  # the step is so small that calling it is what costs
+        metric="eval/accuracy",  # of the checkpoint that is kept as the best
+        mode="max",
     )
     return config

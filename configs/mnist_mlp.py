@@ -1,15 +1,31 @@
-"""x"""
+"""An MLP with one hidden layer of 128 on MNIST, 5 epochs.
+
+    python train.py --config=configs/mnist_mlp.py
+    python train.py --config=configs/mnist_mlp.py:plain      # Adam at a constant rate, and nothing else
+
+MNIST is downloaded (11 MB), or read from a folder: --config.data.manual_dir=FOLDER.
+@@
+"""
 
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
-    """The config."""
+def get_config(recipe: str = "full") -> ConfigDict:
+    """The config; `recipe` is "full" or "plain"."""
     config = ConfigDict()
     config.model = dict(name="mlp", hidden=(128,))
+    config.loss = dict(name="softmax_cross_entropy")
     config.data = dict(name="mnist", batch_size=128)
     config.optim = dict(name="adam", learning_rate=1e-3)
     config.train = dict(
-        duration="5 epochs", eval_every="1 epochs", steps_per_dispatch=16, metric="eval/accuracy", mode="max"
+        duration="5 epochs",
+        eval_every="1 epoch",
+        log_every=100,  # steps
+        steps_per_dispatch=16,
+        metric="eval/accuracy",
+        mode="max",
     )
+    if recipe == "full":
+        config.loss.label_smoothing = 0.1
+        config.optim.update(learning_rate=4e-3, schedule="cosine", average=0.99)
     return config

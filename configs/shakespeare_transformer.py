@@ -1,4 +1,11 @@
-"""A 4-layer transformer."""
+"""A 4-layer transformer on the characters of tiny Shakespeare; the last tenth of the text is held out.
+
+    python train.py --config=configs/shakespeare_transformer.py
+
+The sizes are those of nanoGPT's recipe for a laptop. The text is downloaded (1 MB), or read from a folder:
+--config.data.manual_dir=FOLDER.
+@@
+"""
 
 from ml_collections import ConfigDict
 
@@ -6,9 +13,17 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """The config."""
     config = ConfigDict()
-    config.model = dict(name="transformer", layers=4, width=128, heads=4)
+    config.model = dict(
+        name="transformer",
+        layers=4,
+        width=128,
+        heads=4,
+        unroll=4,  # the loop over layers, unrolled: a fifth faster on CPU; 1 compiles fastest
+    )
+    config.loss = dict(name="softmax_cross_entropy", metrics=("accuracy", "perplexity", "bits_per_byte"))
     config.data = dict(name="tiny_shakespeare", tokens="characters", length=64, validation=0.1, batch_size=12)
-    config.loss = dict(metrics=("accuracy", "perplexity", "bits_per_byte"))
-    config.optim = dict(name="adamw", learning_rate=3e-3, schedule="cosine", warmup="100 steps", clip_norm=1.0)
-    config.train = dict(duration="2000 steps", eval_every="500 steps")
+    config.optim = dict(
+        name="muon", learning_rate=3e-3, schedule="cosine", warmup="100 steps", weight_decay=0.1, clip_norm=1.0
+    )
+    config.train = dict(duration="2000 steps", eval_every="500 steps", log_every=100)
     return config

@@ -35,6 +35,18 @@ def versions() -> dict[str, str]:
 TRASH = "deleted"
 
 
+def _described(tree: Any) -> dict[str, str]:
+    """Path -> "shape dtype" of each array of a tree."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): f"{tuple(x.shape)} {x.dtype}" for k, x in leaves}
+
+
+def _changes(paths: list[str], saved: dict[str, str], wanted: dict[str, str], most: int = 3) -> str:
+    """What is different about the arrays at `paths`, `most` of them, in a line."""
+    more = f"; and {len(paths) - most} more" if len(paths) > most else ""
+    return "; ".join(f"{path} was {saved[path]}, is {wanted[path]}" for path in paths[:most]) + more
+
+
 def _watched(metrics: Any) -> float:
     return metrics["watched"]
 
@@ -162,7 +174,14 @@ class Checkpoints:
           UserError: the checkpoint does not hold such a state.
         """
         rest = {"step": abstract.step, "extra": abstract.extra, "opt_state": abstract.opt_state}
+        folder = self._manager.directory / str(step)
+        wanted = _described({"params": abstract.params, "rest": rest})
         try:
+            # Before any array is read: Orbax would cast dtypes silently, and leave reads under way on another shape.
+            reader = ocp.StandardCheckpointHandler()
+            saved = _described({item: reader.metadata(folder / item).tree for item in ("params", "rest")})
+            if changed := [path for path in wanted if path in saved and saved[path] != wanted[path]]:
+                raise ValueError(_changes(changed, saved, wanted))
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -174,7 +193,8 @@ class Checkpoints:
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise UserError(
                 f"checkpoint {step} in {self._manager.directory} can't be restored into this model and optimizer: "
-                f"{str(error).strip().splitlines()[0]}"
+                f"{str(error).strip().splitlines()[0]}\n"
+                "Go back to the config that it was trained with, or choose another --workdir."
             ) from error
         return TrainState(params=found["params"], **found["rest"]), found["meta"]
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-
 from flaxmodels import config, loop, registry, sections
 from flaxmodels.job import assemble
 from flaxmodels.registry import UserError

@@ -44,9 +44,17 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
         epilog="Any key of the config: --config.optim.learning_rate=1e-3",
     )
     flags.add_argument("--config", required=True, metavar="FILE", help="config file, such as configs/digits_mlp.py")
-    flags.add_argument("--workdir", type=Path, metavar="DIR", help="what a run writes (default: runs/NAME_OF_CONFIG)")
+    flags.add_argument(
+        "--workdir", type=_folder, metavar="DIR", help="what a run writes (default: runs/NAME_OF_CONFIG)"
+    )
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return flags
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("'' is no folder: expected --workdir=DIR")
+    return Path(text)
 
 
 def train_parser(prog: str) -> argparse.ArgumentParser:
@@ -82,6 +90,8 @@ def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
             rest.append(word)
             continue
         key, equals, value = word.removeprefix("--config.").partition("=")
+        if not all(key.split(".")):
+            raise UserError(f"{word!r} names no key: expected --config.SECTION.KEY=VALUE.")
         if not equals:
             value = next(words, "")
         if not value:
@@ -102,18 +112,25 @@ def load_config(path: str | Path) -> ConfigDict:
     name, _, argument = str(path).partition(":")
     file = Path(name)
     if not file.is_file():
-        others = sorted(str(p) for p in (file.parent if file.parent.is_dir() else Path("configs")).glob("*.py"))
-        raise UserError(f"--config={name!r}: there is no such file. {suggest(name, others)}")
+        folders = (file, file.parent, Path("configs"))
+        others = next(filter(None, ([str(p) for p in folder.glob("*.py")] for folder in folders)), [])
+        what = "that is a folder" if file.is_dir() else "there is no such file"
+        raise UserError(f"--config={name!r}: {what}. {suggest(name, others)}")
     spec = importlib.util.spec_from_file_location(f"flaxmodels_config_{file.stem}", file)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={name!r} is not a Python file: expected one with a function get_config().")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not hasattr(module, "get_config"):
+            raise UserError(f"--config={name!r} has no function get_config(): expected one that returns a ConfigDict.")
         config = module.get_config(argument) if argument else module.get_config()
+    except UserError:
+        raise
     except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        line = next((f.lineno for f in reversed(frames) if f.filename == str(file)), "?")
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        within = (frame.lineno for frame in frames if Path(frame.filename).resolve() == file.resolve())
+        line = error.lineno if isinstance(error, SyntaxError) else next(within, "?")
         raise UserError(f"--config={name!r}, line {line}: {type(error).__name__}: {error}") from error
     if not isinstance(config, ConfigDict | dict):
         raise UserError(f"--config={name!r}: get_config() returned {type(config).__name__}, expected a ConfigDict.")
@@ -129,11 +146,15 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     *sections, last = key.split(".")
     node: Any = config
     for i, section in enumerate(sections):
-        with node.unlocked():
-            node = node.setdefault(section, ConfigDict()) if section not in node else node[section]
+        if section not in node:
+            with node.unlocked():
+                node[section] = ConfigDict()
+        node = node[section]
         if not isinstance(node, ConfigDict):
             raise UserError(f"--config.{key}={text}: {'.'.join(sections[: i + 1])} is a value, not a section.")
-    with node.unlocked(), node.ignore_type():
+    with node.unlocked():
+        if last in node:
+            del node[last]  # else True would become 1.0 where 1e-3 stood
         node[last] = literal(text)
 
 

@@ -3,8 +3,10 @@
 `assemble` calls what `sections` lists; the loop, and whatever measures or proves, starts from a `Job`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,10 +101,11 @@ class Job:
             return metrics.pack(found)
 
         each, every = self.test.abstract()
-        lowered = step.compile_step(
-            packed, self.abstract.params, self.abstract.extra, each, every,
-            mesh=self.mesh, out_shardings=sharding.replicated(self.mesh),
-        )  # fmt: skip
+        with bad_fit():
+            lowered = step.compile_step(
+                packed, self.abstract.params, self.abstract.extra, each, every,
+                mesh=self.mesh, out_shardings=sharding.replicated(self.mesh),
+            )  # fmt: skip
         return lowered, names
 
     def lower_norm(self) -> jax.stages.Lowered:
@@ -135,7 +138,10 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     train = Feed(source.train, mesh, batching["batch_size"], resident=resident)
     test = Feed(source.test, mesh, batching["eval_batch_size"], resident=resident)
     rules = sections.rules(**checked["sharding"])
-    fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
+    with bad_fit():
+        fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
+    if not jax.tree.leaves(abstract.params):
+        raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
     whole = sharding.replicated_report(abstract.params)
     return Job(
         config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
@@ -143,6 +149,23 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
         checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
         notes=(f"mesh: {sharding.describe(mesh)}", placed, *whole),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def bad_fit() -> Iterator[None]:
+    """Where a model or a loss of ours meets the data: a ValueError that it raises on purpose is bad input.
+
+    What a user's own module raises, or JAX and Flax beneath ours, passes through.
+    """
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        where = ".".join(frame.f_globals.get("__name__", "").split(".")[:2])
+        section = {"flaxmodels.models": "model", "flaxmodels.losses": "loss"}.get(where)
+        if isinstance(error, UserError) or section is None:
+            raise
+        raise UserError(f"{section}: {error}\nCheck that {section}.name and its options fit data.name.") from error
 
 
 def _total(written: Mapping[str, Any], clock: Clock) -> int:

@@ -10,6 +10,7 @@ randomness), and `Memory`, the few host-side numbers that lines of the log depen
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from typing import Any, TextIO
 
 import jax
 
-from flaxmodels import metrics, optim, registry, sections
+from flaxmodels import metrics, optim, registry, sections, sharding
 from flaxmodels.checkpoint import Checkpoints, versions
 from flaxmodels.evaluate import StoppedError, evaluate
 from flaxmodels.job import Job, assemble
@@ -80,6 +81,7 @@ def fit(
     workdir: str | Path,
     *,
     allow_config_change: bool = False,
+    devices: Sequence[jax.Device] | None = None,
     stream: TextIO | None = None,
 ) -> Outcome:
     """Train, evaluate and checkpoint what a config says; resume what the workdir holds.
@@ -88,6 +90,7 @@ def fit(
       config: sections "model", "loss", "optim", "data", "mesh", "sharding", "train", "checkpoint", and "seed".
       workdir: everything is written here.
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
+      devices: to train on; None takes all that there are.
       stream: where to print; None is standard output.
 
     Raises:
@@ -95,13 +98,16 @@ def fit(
     """
     workdir = Path(workdir)
     resolved = {key: value for key, value, _ in sections.resolved(config)}
+    devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
     with Stop() as stop, _first_process(workdir_lock(workdir)):
         _same_config(workdir, resolved, allow_config_change)
-        job = assemble(config)
+        job = assemble(config, devices)
+        evaluation = _evaluation(job)
         checkpoints = Checkpoints(workdir / "checkpoints", best_mode=job.cadence.mode, **job.checkpoint)
         with contextlib.closing(checkpoints):
             state, memory = _start(job, checkpoints)
             start = int(state.step)
+            _write_config(workdir, resolved)
             with Writers(
                 workdir,
                 total_steps=job.total_steps,
@@ -113,7 +119,7 @@ def fit(
                 for note in (*job.notes, f"workdir: {workdir}" + (f", resumed at step {start}" if start else "")):
                     writers.note(note)
                 writers.parameter_table(parameter_rows(job.abstract.params))
-                return Run(job, checkpoints, writers, stop, memory, resolved).train(state)
+                return Run(job, checkpoints, writers, stop, memory, resolved, evaluation).train(state)
 
 
 def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> tuple[int, dict[str, float], float]:
@@ -172,9 +178,9 @@ def _start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, Memory]:
 
 
 def _same_config(workdir: Path, resolved: Mapping[str, Any], allowed: bool) -> None:
-    """Refuse a workdir of another config; else write this one beside the checkpoints, with versions."""
+    """Refuse a workdir of another config, unless that one never came to save a step."""
     file, now = workdir / "config.json", json.loads(json.dumps(resolved))
-    if file.exists():
+    if file.exists() and any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*")):
         old = json.loads(file.read_text())["config"]
         keys = [k for k in sorted({*old, *now}) if not k.startswith(FREE_KEYS) and old.get(k) != now.get(k)]
         if keys and not allowed:
@@ -183,10 +189,25 @@ def _same_config(workdir: Path, resolved: Mapping[str, Any], allowed: bool) -> N
                 f"--workdir={str(workdir)!r} belongs to another config: {changes}. "
                 "Choose another --workdir, or resume all the same with --allow_config_change."
             )
+
+
+def _write_config(workdir: Path, resolved: Mapping[str, Any]) -> None:
+    """Write the config beside the checkpoints, with versions."""
     if jax.process_index() == 0:
-        new = file.with_suffix(".tmp")
-        new.write_text(json.dumps({"config": now, "versions": versions()}, indent=1) + "\n")
-        new.replace(file)
+        new = workdir / "config.tmp"
+        new.write_text(json.dumps({"config": resolved, "versions": versions()}, indent=1) + "\n")
+        new.replace(workdir / "config.json")
+
+
+def _evaluation(job: Job) -> tuple[jax.stages.Lowered, list[str]]:
+    """`job.lower_eval()`, if it measures what the config wants watched (UserError)."""
+    lowered, names = job.lower_eval()
+    watched = [f"eval/{name}" for name in names]
+    if job.cadence.metric not in watched:
+        raise UserError(
+            f"train.metric={job.cadence.metric!r} is not measured. {registry.suggest(job.cadence.metric, watched)}"
+        )
+    return lowered, names
 
 
 def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, int, int]]:
@@ -215,6 +236,7 @@ class Run:
       stop: whether a signal came.
       memory: of the restored checkpoint, or new.
       resolved: the config, for the checkpoints.
+      evaluation: of `job.lower_eval()`.
     """
 
     def __init__(
@@ -225,15 +247,11 @@ class Run:
         stop: Stop,
         memory: Memory,
         resolved: Mapping[str, Any],
+        evaluation: tuple[jax.stages.Lowered, list[str]],
     ) -> None:
         self.job, self.checkpoints, self.writers, self.stop, self.memory = job, checkpoints, writers, stop, memory
         self.resolved = dict(resolved)
-        lowered, self.eval_names = job.lower_eval()
-        watched = [f"eval/{name}" for name in self.eval_names]
-        if job.cadence.metric not in watched:
-            raise UserError(
-                f"train.metric={job.cadence.metric!r} is not measured. {registry.suggest(job.cadence.metric, watched)}"
-            )
+        lowered, self.eval_names = evaluation
         self.eval_program, self.norm_program = lowered.compile(), job.lower_norm().compile()
         self.names: list[str] = []
         self.evaluation: dict[str, float] = {}
@@ -252,12 +270,12 @@ class Run:
         program = lowered.compile()
         self.writers.note(f"compiled in {time.monotonic() - begun:.1f} s")
         marks = (job.cadence.eval_every, self.checkpoints.every)
-        plan = list(stretches(step, job.total_steps, job.cadence.steps_per_dispatch, marks))
+        plan = functools.partial(stretches, step, job.total_steps, job.cadence.steps_per_dispatch, marks)
         if step and self._evaluation_due(step):
             self._evaluate(state, step)  # the signal that ended the last process came in this evaluation
-        feeds = job.train.dispatches(job.seed, plan, job.cadence.steps_per_dispatch)
+        feeds = job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)
         with contextlib.closing(feeds):
-            for (first, count), feed in zip(plan, feeds):
+            for (first, count), feed in zip(plan(), feeds):
                 if self.stop or memory.finished:
                     break
                 with jax.transfer_guard("disallow"):

@@ -56,7 +56,8 @@ def softmax_cross_entropy(
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of an index: its gradient is no scatter, and logits sharded over classes stay sharded.
     # Both int32: the ids of 300 classes do not fit into targets of uint8.
-    ids, wanted = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1), targets[..., None].astype(jnp.int32)
+    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    wanted = targets[..., None].astype(jnp.int32)
     hit = ids == wanted
     target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
     nll = log_z - target_logit

@@ -47,8 +47,8 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024; scaled to Adam's RMS as Liu et al. 2025, arXiv:2502.16982) for kernels, Adam else.
 
-    Kernels are what linear maps and convolutions multiply by; embeddings, heads, biases and scales go through Adam,
-    with b1 and b2. A layer axis of `nn.scan` is a batch of matrices.
+    Kernels are what linear maps and convolutions multiply by; embeddings, heads, biases and scales go through Adam
+    with Nesterov momentum, with b1 and b2. A layer axis of `nn.scan` is a batch of matrices.
     """
     both = optax.contrib.muon(
         learning_rate=1.0, ns_steps=ns_steps, beta=momentum, eps=eps, adam_b1=b1, adam_b2=b2, consistent_rms=0.2,
@@ -151,18 +151,19 @@ def make(
     own = registry.parameters([direction])
     if warmup >= max(total_steps, 1) and warmup > 0:
         raise UserError(f"optim.warmup={warmup} steps is not shorter than the run of {total_steps} steps.")
-    if schedule == "wsd" and options.get("decay", 0.2) * total_steps + warmup > total_steps:
-        raise UserError(f"optim.decay={options.get('decay', 0.2)} and optim.warmup={warmup} overlap: {total_steps=}.")
     rate = _rate(
         learning_rate,
         curve(total_steps - warmup, **{k: v for k, v in options.items() if k not in own}),
         warmup,
     )
+    ascent = direction(**{k: v for k, v in options.items() if k in own})
+    if not isinstance(ascent, optax.GradientTransformation):
+        raise UserError(f"optim.name={name!r} returned {ascent!r}: expected an optax.GradientTransformation.")
     decay = DEFAULT_DECAY.get(name, 0.0) if weight_decay is None else weight_decay
     table = tuple(_Rule.parse(pattern, settings) for pattern, settings in rules)
     links = [
         optax.clip_by_global_norm(clip_norm) if clip_norm is not None else None,
-        direction(**{k: v for k, v in options.items() if k in own}),
+        ascent,
         _decayed(decay, _decay_mask(decay_mask), table),
         optax.scale_by_learning_rate(rate),
         _multiplied(table) if any(r.learning_rate != 1 for r in table) else None,

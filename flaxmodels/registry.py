@@ -32,7 +32,7 @@ class Range:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"at least {self.low:g}" if self.low > -math.inf else "of either sign"
-        return f"between {self.low:g} and {self.high:g}"
+        return f"between {self.low:.10g} and {self.high:.10g}"
 
 
 # What a signature says about a number. Without a word, a number must be finite and not negative.
@@ -40,14 +40,20 @@ Positive = typing.Annotated[int, Range(1)]
 Fraction = typing.Annotated[float, Range(0, 1)]
 Signed = typing.Annotated[float, Range(-math.inf)]
 # A number of optimizer steps. A config may also say "5 epochs", "2e6 tokens", "10%": see durations.py.
-Steps = typing.Annotated[int, Range(0), "duration"]
+# Its upper end is that of the step counter in the train state, 32 bits: a longer run can't be meant.
+Steps = typing.Annotated[int, Range(0, 2**31 - 1), "duration"]
+Seed = typing.Annotated[int, Range(0, 2**32 - 1)]
+MOST_NAMES = 24
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
-    """What to say after an unknown name: the nearest one, and all there are."""
+    """What to say after an unknown name: the nearest one, and all there are, up to `MOST_NAMES`."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1)
-    return (f"Did you mean {near[0]!r}? " if near else "") + f"There are: {', '.join(known) or 'none'}."
+    more = f" and {len(known) - MOST_NAMES} more" if len(known) > MOST_NAMES else ""
+    return (
+        f"Did you mean {near[0]!r}? " if near else ""
+    ) + f"There are: {', '.join(known[:MOST_NAMES]) or 'none'}{more}."
 
 
 def pick(table: Mapping[str, Any], name: str, where: str) -> Any:
@@ -74,7 +80,7 @@ def pick(table: Mapping[str, Any], name: str, where: str) -> Any:
 def _import(target: str, where: str) -> Any:
     module, _, attribute = target.partition(":")
     if not module or module.startswith("."):
-        raise UserError(f"{where}={target!r} names no module: your own is named \"package.module:attribute\".")
+        raise UserError(f'{where}={target!r} names no module: your own is named "package.module:attribute".')
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -6,15 +6,16 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flaxmodels import data, losses, models, optim, registry, sharding
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.feed import Placement
 from flaxmodels.durations import parse
-from flaxmodels.registry import Positive, Steps, UserError
+from flaxmodels.registry import Range, Seed, Steps, UserError
 
 Convert = Callable[[str, str], Any]
+BatchSize = Annotated[int, Range(1, 2**24)]  # what is above is a slip of the keyboard, and no machine's memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,17 @@ class Cadence:
     """
 
     duration: Steps
-    log_every: Steps = 100
+    log_every: Annotated[int, Range(1, 2**31 - 1), "duration"] = 100
     eval_every: Steps = 0
-    steps_per_dispatch: Positive = 1
+    steps_per_dispatch: Annotated[int, Range(1, 10_000)] = 1
     metric: str = "eval/loss"
     mode: Literal["min", "max"] = "min"
     patience: int = 0
 
 
 def batching(
-    batch_size: Positive,
-    eval_batch_size: Positive | None = None,
+    batch_size: BatchSize,
+    eval_batch_size: BatchSize | None = None,
     placement: Placement = "auto",
 ) -> dict[str, Any]:
     """The options of `data` that are not the source's own.
@@ -63,7 +64,7 @@ def rules(rules: tuple = ()) -> sharding.Rules:
 
 def model_class(options: Mapping[str, Any]) -> Any:
     """The module class that `model.name` stands for (UserError)."""
-    return _named(models.MODELS, options, "model")
+    return models.check_class(_named(models.MODELS, options, "model"), options["name"])
 
 
 def loss_functions(options: Mapping[str, Any]) -> list[Callable[..., Any]]:
@@ -131,7 +132,7 @@ def check(config: Mapping[str, Any], convert: Convert) -> dict[str, Any]:
             raise UserError(f"{key}={value!r}: unknown section. {registry.suggest(key, (*SECTIONS, 'seed'))}")
         if key in SECTIONS and not isinstance(value, dict):
             raise UserError(f"{key}={value!r} has the wrong type: expected a section with keys of its own.")
-    checked: dict[str, Any] = {"seed": registry.check(given.get("seed", 0), int, "seed")}
+    checked: dict[str, Any] = {"seed": registry.check(given.get("seed", 0), Seed, "seed")}
     for name, section in SECTIONS.items():
         options = given.get(name, {})
         functions = section.functions(options)

@@ -6,6 +6,7 @@ since its paths end in theirs. Words as in `jax.sharding`: mesh, axis, spec.
 """
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -72,7 +73,7 @@ def make_mesh(
     Raises:
       UserError: there is no such device, or the axes don't multiply to the number of devices.
     """
-    devices = list(_find(platform) if devices is None else devices)
+    devices = list(find_devices(platform) if devices is None else devices)
     inner = fsdp * tensor
     data = max(len(devices) // inner, 1) if data is None else data
     if data * inner != len(devices):
@@ -84,14 +85,17 @@ def make_mesh(
     return Mesh(grid.devices, AXES)  # Linen does not work with the explicit axes that are make_mesh's default
 
 
-def _find(platform: str | None) -> list[jax.Device]:
+def find_devices(platform: str | None = None) -> list[jax.Device]:
+    """All devices of a kind; None: of the best kind there is. UserError if there are none."""
     try:
         return jax.devices(platform)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # the second, bare, where the CUDA plugin is not installed
+        asked = [f"mesh.platform={platform!r}"] if platform else []
+        asked += [f"JAX_PLATFORMS={name!r}"] if (name := os.environ.get("JAX_PLATFORMS")) else []
+        reason = (str(error).strip() or "its plugin is not installed").splitlines()[0]
         raise UserError(
-            f"mesh.platform={platform!r}: JAX finds no such device ({reason}). Install flaxmodels-train[cuda] or "
-            "[tpu], check JAX_PLATFORMS, or leave mesh.platform out to use what is there."
+            f"{', '.join(asked) or 'JAX'}: there is no such device ({reason}).\n"
+            "Install flaxmodels-train[cuda] or [tpu] for the device, or leave both out to use what is there."
         ) from error
 
 
@@ -133,9 +137,12 @@ def check_rules(rules: Sequence[Any]) -> Rules:
             re.compile(rule[0])
         except re.error as error:
             raise UserError(f"sharding.rules: {rule[0]!r} is not a regular expression: {error}.") from error
-        for axis in _names(rule[1]):
+        names = _names(rule[1])
+        for axis in names:
             if axis not in AXES:
                 raise UserError(f"sharding.rules: {rule[0]!r} names axis {axis!r}. {registry.suggest(axis, AXES)}")
+            if names.count(axis) > 1:
+                raise UserError(f"sharding.rules: {rule[0]!r} names axis {axis!r} twice: a spec can use each once.")
     return tuple(rules)
 
 
@@ -188,7 +195,19 @@ def _fallback(entries: list[Any], shape: Sequence[int], mesh: Mesh) -> list[Any]
 
 
 def shard_tree(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
-    """A `NamedSharding` for each leaf (anything with a shape) of a pytree, from its path."""
+    """A `NamedSharding` for each leaf (anything with a shape) of a pytree, from its path.
+
+    Raises:
+      UserError: one of `rules` does not fit, or matches nothing.
+    """
+    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(tree)]
+    for pattern, _ in rules:
+        if not any(re.search(f"(?:{pattern})$", path) for path in paths):
+            found = [path for path in paths if path.startswith("params/")] or paths
+            raise UserError(
+                f"sharding.rules: {pattern!r} is found at the end of no parameter's path. "
+                f"{registry.suggest(pattern, found)}"
+            )
 
     def one(keys: tuple[Any, ...], x: Any) -> NamedSharding:
         path = jax.tree_util.keystr(keys, simple=True, separator="/")

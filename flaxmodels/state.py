@@ -1,6 +1,8 @@
 """The train state: arrays only, born sharded."""
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax
@@ -34,6 +36,11 @@ def base_key(seed: int) -> jax.Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def takes_train(model: nn.Module) -> bool:
+    """Whether the module's `__call__` is told if it is training; one that is not is the same in both."""
+    return "train" in inspect.signature(type(model).__call__).parameters
+
+
 def create(model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed: int) -> TrainState:
     """A fresh state; pure and traceable.
 
@@ -45,7 +52,8 @@ def create(model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed
       seed: initial parameters are a function of it and of nothing else.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
-    variables = dict(model.init(base_key(seed), zeros))
+    start = partial(model.init, train=False) if takes_train(model) else model.init
+    variables = dict(start(base_key(seed), zeros))
     params = variables.pop("params", {})
     return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params))
 

@@ -6,7 +6,6 @@ shardings, donation). A feature enters as an optax transform, a loss, or a funct
 has its signature; never as an `if` in the step.
 """
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from flaxmodels import metrics as metric
 from flaxmodels import sharding
 from flaxmodels.losses import Loss
 from flaxmodels.metrics import Metrics
-from flaxmodels.state import TrainState, base_key
+from flaxmodels.state import TrainState, base_key, takes_train
 
 Batch = dict[str, Any]
 # (params, extra, batch, rngs) -> (gradient of the *sum* of losses, extra, metrics). Sums add up over microbatches.
@@ -81,7 +80,7 @@ def make_apply(model: nn.Module) -> Apply:
 
     A module whose `__call__` takes `train` is told; one that does not is the same in training and evaluation.
     """
-    told = "train" in inspect.signature(type(model).__call__).parameters
+    told = takes_train(model)
 
     def apply(params: Any, extra: Any, inputs: Any, *, train: bool, rngs: Any = None) -> tuple[Any, Any]:
         call = partial(model.apply, train=train) if told else model.apply

@@ -3,7 +3,9 @@
 import os
 
 # Before JAX is imported by anything.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Most of the time here is XLA compiling: without its backend's optimizations that halves. What must hold for the
+# programs that users run is tested in processes of their own, with XLA's defaults (the `run` fixture).
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
@@ -23,6 +25,8 @@ SHARED = ROOT.parent / "shared" / "data"
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Rank promotion raises; compiled programs are shared between tests; data sets are prepared once, off the home."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     old = os.environ.get("TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
     yield

@@ -40,8 +40,8 @@ def test_a_whole_number_of_steps_comes_out_whole(batch_size, steps):
     "text",
     [
         "", " ", "5", "5 parsecs", "steps", "five steps", "-1 steps", "-0.1%", "nan steps", "inf epochs", "-inf steps",
-        "1e400 steps", "5 steps 3", "5 5 steps", "1.2.3 steps", "1e steps", "e5 steps", "--5 steps", "5-3 steps", "_ steps",
-        "5 steps\nx", "%", "% 5", "5%%", "5 stepss", "0x10 steps", "5 ms", "١٢ eons",
+        "1e400 steps", "5 steps 3", "5 5 steps", "1.2.3 steps", "1e steps", "e5 steps", "--5 steps", "5-3 steps",
+        "_ steps", "5 steps\nx", "%", "% 5", "5%%", "5 stepss", "0x10 steps", "5 ms", "١٢ eons",
     ],
 )  # fmt: skip
 def test_what_is_no_duration_is_named_and_the_remedy_shown(text):

@@ -9,22 +9,28 @@ import optax
 import pytest
 
 from flaxmodels import losses, metrics
-from flaxmodels.losses import mean_squared_error, sigmoid_cross_entropy, softmax_cross_entropy
 from flaxmodels.registry import UserError
+
+# As in a step: jitted, so that each is one program to compile. Data are numpy arrays for the same reason.
+softmax_cross_entropy = jax.jit(
+    losses.softmax_cross_entropy, static_argnames=("label_smoothing", "z_loss", "metrics", "top_k", "token_bytes")
+)
+sigmoid_cross_entropy = jax.jit(losses.sigmoid_cross_entropy, static_argnames="label_smoothing")
+mean_squared_error = jax.jit(losses.mean_squared_error)
 
 B, T, C = 4, 6, 7
 
 
 def normal(*shape, seed=0, scale=3.0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape, scale=scale), jnp.float32)
+    return np.random.default_rng(seed).normal(size=shape, scale=scale).astype(np.float32)
 
 
 def batch(*shape, classes=C, seed=1, weights=None):
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, 2, shape) if weights is None else np.broadcast_to(weights, shape)
     return {
-        "targets": jnp.asarray(generator.integers(0, classes, shape), jnp.int32),
-        "weights": jnp.asarray(drawn, jnp.float32),
+        "targets": generator.integers(0, classes, shape, np.int32),
+        "weights": np.asarray(drawn, np.float32),
     }
 
 
@@ -45,12 +51,12 @@ def log_softmax64(logits):
 def test_softmax_cross_entropy_is_that_of_optax_and_of_float64(shape):
     logits, data = normal(*shape, C), batch(*shape)
     found = softmax_cross_entropy(logits, data)
-    each = optax.softmax_cross_entropy_with_integer_labels(logits, data["targets"])
-    np.testing.assert_allclose(found["loss"][0], jnp.sum(each * data["weights"]), rtol=1e-6)
+    each = jax.jit(optax.softmax_cross_entropy_with_integer_labels)(logits, data["targets"])
+    np.testing.assert_allclose(found["loss"][0], np.sum(np.asarray(each) * data["weights"]), rtol=1e-6)
     assert float(found["loss"][1]) == float(data["weights"].sum())
-    exact = -np.take_along_axis(log_softmax64(logits), np.asarray(data["targets"])[..., None], -1)[..., 0]
-    np.testing.assert_allclose(found["loss"][0], np.sum(exact * np.asarray(data["weights"])), rtol=1e-6)
-    assert found["accuracy"][0] == jnp.sum((jnp.argmax(logits, -1) == data["targets"]) * data["weights"])
+    exact = -np.take_along_axis(log_softmax64(logits), data["targets"][..., None], -1)[..., 0]
+    np.testing.assert_allclose(found["loss"][0], np.sum(exact * data["weights"]), rtol=1e-6)
+    assert found["accuracy"][0] == np.sum((np.argmax(logits, -1) == data["targets"]) * data["weights"])
 
 
 def test_its_gradient_is_that_of_optax():
@@ -60,22 +66,22 @@ def test_its_gradient_is_that_of_optax():
         each = optax.softmax_cross_entropy_with_integer_labels(logits, data["targets"])
         return jnp.sum(each * data["weights"])
 
-    ours = jax.grad(lambda x: softmax_cross_entropy(x, data)["loss"][0])(logits)
-    np.testing.assert_allclose(ours, jax.grad(reference)(logits), atol=1e-6)
+    ours = jax.jit(jax.grad(lambda x: softmax_cross_entropy(x, data)["loss"][0]))(logits)
+    np.testing.assert_allclose(ours, jax.jit(jax.grad(reference))(logits), atol=1e-6)
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 def test_label_smoothing_is_cross_entropy_with_a_spread_target(smoothing):
     logits, data = normal(B, C), batch(B, weights=1)
-    soft = optax.smooth_labels(jax.nn.one_hot(data["targets"], C), smoothing)
+    soft = (1 - smoothing) * np.eye(C)[data["targets"]] + smoothing / C
     found = softmax_cross_entropy(logits, data, label_smoothing=smoothing)["loss"][0]
-    np.testing.assert_allclose(found, optax.softmax_cross_entropy(logits, soft).sum(), rtol=1e-5)
+    np.testing.assert_allclose(found, -np.sum(soft * log_softmax64(logits)), rtol=1e-5)
 
 
 def test_z_loss_is_the_square_of_log_z():
     logits, data = normal(B, C), batch(B, weights=1)
     plain, more = (softmax_cross_entropy(logits, data, z_loss=z)["loss"][0] for z in (0.0, 0.3))
-    log_z = np.log(np.exp(np.asarray(logits, np.float64)).sum(-1))
+    log_z = np.log(np.exp(logits.astype(np.float64)).sum(-1))
     np.testing.assert_allclose(more - plain, 0.3 * np.sum(log_z**2), rtol=1e-5)
 
 
@@ -100,20 +106,23 @@ LOSS_CASES = [
 @pytest.mark.parametrize(("loss", "options"), LOSS_CASES)
 def test_a_weight_of_zero_takes_a_row_out_of_sum_count_and_gradient(loss, options):
     outputs = normal(B, T, C)
-    targets = batch(B, T)["targets"] if loss is softmax_cross_entropy else jnp.clip(normal(B, T, C, seed=2), 0, 1)
-    weights = jnp.ones((B, T)).at[1:3].set(0.0).at[0, 4].set(0.0)
+    targets = batch(B, T)["targets"] if loss is softmax_cross_entropy else np.clip(normal(B, T, C, seed=2), 0, 1)
+    weights = np.ones((B, T), np.float32)
+    weights[1:3] = weights[0, 4] = 0.0
 
     def sums(outputs):
         found = loss(outputs, {"targets": targets, "weights": weights}, **options)
         return found["loss"][0], found
 
-    gradient, found = jax.grad(sums, has_aux=True)(outputs)
+    gradients = jax.jit(jax.grad(sums, has_aux=True))
+    gradient, found = gradients(outputs)
+    gradient = np.asarray(gradient)
     assert all(float(count) == B * T - 2 * T - 1 for _, count in found.values())
-    assert not np.any(gradient[np.asarray(weights) == 0])
-    assert np.all(np.any(gradient[np.asarray(weights) == 1] != 0, axis=-1))
+    assert not np.any(gradient[weights == 0])
+    assert np.all(np.any(gradient[weights == 1] != 0, axis=-1))
     # Whatever stands in a padded place, also where it is huge: the same sums.
-    padded = jnp.where(weights[..., None] == 0, 1e30 * outputs, outputs)
-    other, same = jax.grad(sums, has_aux=True)(padded)
+    padded = np.where(weights[..., None] == 0, np.float32(1e30) * outputs, outputs)
+    other, same = gradients(padded)
     jax.tree.map(np.testing.assert_array_equal, found, same)
     np.testing.assert_array_equal(gradient, other)
     # And the same as without the padding.
@@ -125,46 +134,46 @@ def test_a_weight_of_zero_takes_a_row_out_of_sum_count_and_gradient(loss, option
 @pytest.mark.parametrize(("loss", "options"), LOSS_CASES)
 def test_halves_add_up_to_the_whole(loss, options):
     outputs = normal(B, C)
-    targets = batch(B)["targets"] if loss is softmax_cross_entropy else jnp.clip(normal(B, C, seed=2), 0, 1)
-    weights = jnp.asarray([1.0, 0.0, 2.0, 1.0])
+    targets = batch(B)["targets"] if loss is softmax_cross_entropy else np.clip(normal(B, C, seed=2), 0, 1)
+    weights = np.asarray([1.0, 0.0, 2.0, 1.0], np.float32)
     whole = loss(outputs, {"targets": targets, "weights": weights}, **options)
     parts = [
         loss(outputs[part], {"targets": targets[part], "weights": weights[part]}, **options)
         for part in (np.asarray([0]), np.asarray([1, 2, 3]))
     ]
-    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, b + c, rtol=1e-6), whole, *parts)
+    jax.tree.map(lambda a, b, c: np.testing.assert_allclose(a, np.add(b, c), rtol=1e-6), whole, *parts)
 
 
 def test_of_equal_logits_the_first_wins():
-    rows = jnp.asarray([[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 2, 2], [0, 2, 2]], jnp.float32)
-    data = {"targets": jnp.asarray([0, 1, 0, 2, 1, 2]), "weights": jnp.ones(6)}
+    rows = np.asarray([[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0], [0, 2, 2], [0, 2, 2]], np.float32)
+    targets = np.asarray([0, 1, 0, 2, 1, 2])
     right = [
-        float(softmax_cross_entropy(row[None], {"targets": target[None], "weights": jnp.ones(1)})["accuracy"][0])
-        for row, target in zip(rows, data["targets"])
+        float(softmax_cross_entropy(row[None], {"targets": target[None], "weights": np.ones(1)})["accuracy"][0])
+        for row, target in zip(rows, targets)
     ]
-    assert right == [1, 0, 1, 0, 1, 0] == list(jnp.argmax(rows, -1) == data["targets"])
+    assert right == [1, 0, 1, 0, 1, 0] == list(np.argmax(rows, -1) == targets)
 
 
 def test_a_constant_model_is_right_once_in_all_classes():
-    data = {"targets": jnp.arange(C), "weights": jnp.ones(C)}
-    found = softmax_cross_entropy(jnp.zeros((C, C)), data, metrics=("accuracy", "top_k"), top_k=3)
+    data = {"targets": np.arange(C), "weights": np.ones(C)}
+    found = softmax_cross_entropy(np.zeros((C, C)), data, metrics=("accuracy", "top_k"), top_k=3)
     assert (found["accuracy"][0], found["top_k"][0]) == (1, 3)
 
 
 @pytest.mark.parametrize("place", ["all", 0, 3, 6])
 def test_a_model_that_gives_nan_is_not_right(place):
-    logits = jnp.zeros((C, C)).at[jnp.arange(C), jnp.arange(C)].set(9.0)
-    logits = logits * jnp.nan if place == "all" else logits.at[:, place].set(jnp.nan)
-    data = {"targets": jnp.arange(C), "weights": jnp.ones(C)}
+    logits = 9.0 * np.eye(C)
+    logits[:, slice(None) if place == "all" else place] = np.nan
+    data = {"targets": np.arange(C), "weights": np.ones(C)}
     assert softmax_cross_entropy(logits, data)["accuracy"][0] == 0
 
 
 def test_top_k_is_in_the_k_largest():
     logits, data = normal(50, C), batch(50, weights=1)
-    places = np.argsort(-np.asarray(logits), axis=-1)
+    places = np.argsort(-logits, axis=-1)
     for k in (1, 2, 5, C):
         found = softmax_cross_entropy(logits, data, metrics=("top_k",), top_k=k)["top_k"]
-        assert found[0] == np.sum(places[:, :k] == np.asarray(data["targets"])[:, None])
+        assert found[0] == np.sum(places[:, :k] == data["targets"][:, None])
         assert found[1] == 50
     assert found[0] == 50  # all classes
     with pytest.raises(UserError, match=r"loss.top_k=8 is over the 7 classes"):
@@ -181,8 +190,10 @@ def test_perplexity_and_bits_per_byte_are_finished_after_merging_unequal_counts(
         for name, (total, count) in found.items():
             old = totals.get(name, (0.0, 0.0))
             totals[name] = (old[0] + float(total), old[1] + float(count))
-    weights, targets = np.asarray(data["weights"]), np.asarray(data["targets"])
-    nll = -np.take_along_axis(log_softmax64(logits), targets[..., None], -1)[..., 0] * weights  # no smoothing, no z-loss
+    weights, targets = data["weights"], data["targets"]
+    nll = (
+        -np.take_along_axis(log_softmax64(logits), targets[..., None], -1)[..., 0] * weights
+    )  # no smoothing, no z-loss
     done = metrics.means(totals)
     np.testing.assert_allclose(done["perplexity"], np.exp(nll.sum() / weights.sum()), rtol=1e-5)
     count = np.sum(np.asarray(sizes)[targets] * weights)
@@ -191,30 +202,30 @@ def test_perplexity_and_bits_per_byte_are_finished_after_merging_unequal_counts(
 
 def test_bits_per_byte_of_uniform_bytes_is_eight():
     data = batch(B, T, classes=256, weights=1)
-    found = softmax_cross_entropy(jnp.zeros((B, T, 256)), data, metrics=("bits_per_byte",), token_bytes=(1,) * 256)
+    found = softmax_cross_entropy(np.zeros((B, T, 256)), data, metrics=("bits_per_byte",), token_bytes=(1,) * 256)
     done = metrics.means({k: (float(a), float(b)) for k, (a, b) in found.items()})
     np.testing.assert_allclose(done["bits_per_byte"], 8, rtol=1e-6)
     with pytest.raises(UserError, match="this data is not text: leave it out"):
-        softmax_cross_entropy(jnp.zeros((B, T, 256)), data, metrics=("bits_per_byte",))
+        softmax_cross_entropy(np.zeros((B, T, 256)), data, metrics=("bits_per_byte",))
 
 
 def test_a_class_masked_by_minus_infinity_has_no_part():
     logits, data = normal(B, C), batch(B, classes=C - 1, weights=1)
-    masked = logits.at[:, -1].set(-jnp.inf)
-    found, gradient = jax.value_and_grad(lambda x: softmax_cross_entropy(x, data)["loss"][0])(masked)
+    logits[:, -1] = -np.inf
+    found, gradient = jax.jit(jax.value_and_grad(lambda x: softmax_cross_entropy(x, data)["loss"][0]))(logits)
     np.testing.assert_allclose(found, softmax_cross_entropy(logits[:, :-1], data)["loss"][0], rtol=1e-6)
-    assert jnp.all(jnp.isfinite(gradient)) and not jnp.any(gradient[:, -1])
+    assert np.all(np.isfinite(gradient)) and not np.any(np.asarray(gradient)[:, -1])
 
 
 @pytest.mark.parametrize("shift", [1e4, -1e4])
 def test_a_shift_of_all_logits_changes_nothing(shift):
-    logits, data = jnp.round(normal(B, C) * 8) / 8, batch(B, weights=1)  # eighths: the shifted logits are exact
-    near, far = (softmax_cross_entropy(x, data)["loss"][0] for x in (logits, logits + shift))
+    logits, data = np.round(normal(B, C) * 8) / 8, batch(B, weights=1)  # eighths: the shifted logits are exact
+    near, far = (softmax_cross_entropy(x, data)["loss"][0] for x in (logits, logits + np.float32(shift)))
     np.testing.assert_allclose(near, far, rtol=1e-3)
 
 
 def test_bfloat16_logits_are_computed_in_float32():
-    logits, data = normal(B, T, 300).astype(jnp.bfloat16), batch(B, T, classes=300, weights=1)
+    logits, data = jnp.asarray(normal(B, T, 300), jnp.bfloat16), batch(B, T, classes=300, weights=1)
     low, high = (softmax_cross_entropy(x, data, z_loss=0.1)["loss"] for x in (logits, logits.astype(jnp.float32)))
     assert low[0].dtype == jnp.float32
     np.testing.assert_array_equal(low[0], high[0])
@@ -223,7 +234,9 @@ def test_bfloat16_logits_are_computed_in_float32():
 @pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16, jnp.int32, jnp.uint32])
 def test_targets_of_any_integer_dtype(dtype):
     logits, data = normal(B, 300), batch(B, classes=100, weights=1)  # 300 ids do not fit into uint8
-    same = softmax_cross_entropy(logits, {**data, "targets": data["targets"].astype(dtype)}, metrics=("accuracy", "top_k"))
+    same = softmax_cross_entropy(
+        logits, {**data, "targets": data["targets"].astype(dtype)}, metrics=("accuracy", "top_k")
+    )
     jax.tree.map(
         np.testing.assert_array_equal, same, softmax_cross_entropy(logits, data, metrics=("accuracy", "top_k"))
     )
@@ -231,7 +244,7 @@ def test_targets_of_any_integer_dtype(dtype):
 
 @pytest.mark.parametrize("shape", [(B, 1), (1,), (B, C), ()])
 def test_targets_that_would_broadcast_are_refused(shape):
-    data = {"targets": jnp.zeros(shape, jnp.int32), "weights": jnp.ones(shape)}
+    data = {"targets": np.zeros(shape, np.int32), "weights": np.ones(shape)}
     with pytest.raises(ValueError, match=r"outputs have shape \(4, 7\), targets .*: expected \(4,\) for the targets"):
         softmax_cross_entropy(normal(B, C), data)
 
@@ -239,17 +252,17 @@ def test_targets_that_would_broadcast_are_refused(shape):
 @pytest.mark.parametrize("loss", [sigmoid_cross_entropy, mean_squared_error])
 def test_outputs_and_targets_of_different_shape_are_refused(loss):
     with pytest.raises(ValueError, match=r"outputs have shape \(4, 1\), targets \(4,\): expected the same"):
-        loss(normal(B, 1), {"targets": jnp.ones(B), "weights": jnp.ones(B)})
+        loss(normal(B, 1), {"targets": np.ones(B), "weights": np.ones(B)})
 
 
 @pytest.mark.parametrize("loss", [softmax_cross_entropy, sigmoid_cross_entropy, mean_squared_error])
 def test_weights_of_another_shape_are_refused(loss):
-    targets = jnp.zeros((B, B), jnp.int32) if loss is softmax_cross_entropy else jnp.zeros((B, B, C))
+    targets = np.zeros((B, B), np.int32) if loss is softmax_cross_entropy else np.zeros((B, B, C))
     with pytest.raises(ValueError, match="weights"):
-        loss(normal(B, B, C), {"targets": targets, "weights": jnp.ones((B, 3))})
+        loss(normal(B, B, C), {"targets": targets, "weights": np.ones((B, 3))})
     if loss is softmax_cross_entropy:
         with pytest.raises(ValueError, match="weights"):
-            loss(normal(B, B, C), {"targets": targets, "weights": jnp.ones(B)})
+            loss(normal(B, B, C), {"targets": targets, "weights": np.ones(B)})
 
 
 # sigmoid_cross_entropy, mean_squared_error
@@ -258,17 +271,17 @@ def test_weights_of_another_shape_are_refused(loss):
 @pytest.mark.parametrize("shape", [(B,), (B, C), (B, T, C)])
 def test_sigmoid_cross_entropy_is_that_of_optax(shape):
     logits = normal(*shape)
-    targets = (normal(*shape, seed=3) > 0).astype(jnp.float32)
-    weights = jnp.asarray([1.0, 0.0, 2.0, 1.0])
+    targets = (normal(*shape, seed=3) > 0).astype(np.float32)
+    weights = np.asarray([1.0, 0.0, 2.0, 1.0], np.float32)
     found = sigmoid_cross_entropy(logits, {"targets": targets, "weights": weights})
-    each = np.asarray(optax.sigmoid_binary_cross_entropy(logits, targets)).reshape(B, -1).mean(-1)
+    each = np.asarray(jax.jit(optax.sigmoid_binary_cross_entropy)(logits, targets)).reshape(B, -1).mean(-1)
     np.testing.assert_allclose(mean(found["loss"]), np.average(each, weights=weights), rtol=1e-5)
-    right = np.asarray((logits > 0) == (targets == 1)).reshape(B, -1).mean(-1)
+    right = ((logits > 0) == (targets == 1)).reshape(B, -1).mean(-1)
     np.testing.assert_allclose(mean(found["accuracy"]), np.average(right, weights=weights), rtol=1e-6)
 
 
 def test_sigmoid_smoothing_moves_targets_to_a_half():
-    logits, targets, weights = normal(B), jnp.asarray([0.0, 1.0, 1.0, 0.0]), jnp.ones(B)
+    logits, targets, weights = normal(B), np.asarray([0.0, 1.0, 1.0, 0.0]), np.ones(B)
     smooth = sigmoid_cross_entropy(logits, {"targets": targets, "weights": weights}, label_smoothing=0.2)
     moved = sigmoid_cross_entropy(logits, {"targets": 0.8 * targets + 0.1, "weights": weights})
     np.testing.assert_allclose(smooth["loss"][0], moved["loss"][0], rtol=1e-6)
@@ -277,24 +290,24 @@ def test_sigmoid_smoothing_moves_targets_to_a_half():
 
 @pytest.mark.parametrize("logit", [200.0, -200.0])
 def test_sigmoid_of_large_logits_is_exact(logit):
-    data = {"targets": jnp.asarray([0.0, 1.0]), "weights": jnp.ones(2)}
-    loss = lambda x: sigmoid_cross_entropy(x, data)["loss"][0]  # noqa: E731
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray([logit, logit]))
-    assert value == 200 and jnp.all(jnp.isfinite(gradient))
+    data = {"targets": np.asarray([0.0, 1.0]), "weights": np.ones(2)}
+    both = jax.jit(jax.value_and_grad(lambda x: sigmoid_cross_entropy(x, data)["loss"][0]))
+    value, gradient = both(np.asarray([logit, logit]))
+    assert value == 200 and np.all(np.isfinite(gradient))
 
 
 def test_mean_squared_error_is_the_mean_over_all_axes():
     outputs, targets = normal(B, 2, 3), normal(B, 2, 3, seed=4)
-    weights = jnp.asarray([1.0, 0.0, 1.0, 1.0])
+    weights = np.asarray([1.0, 0.0, 1.0, 1.0], np.float32)
     found = mean_squared_error(outputs, {"targets": targets, "weights": weights})
-    kept = np.asarray(outputs - targets, np.float64)[np.asarray(weights) == 1]
+    kept = (outputs - targets).astype(np.float64)[weights == 1]
     np.testing.assert_allclose(mean(found["loss"]), np.mean(kept**2), rtol=1e-5)
     np.testing.assert_allclose(mean(found["absolute_error"]), np.mean(np.abs(kept)), rtol=1e-5)
 
 
 def test_integer_targets_and_bfloat16_outputs_are_compared_in_float32():
-    outputs = jnp.full((B,), 256.0, jnp.bfloat16)
-    found = mean_squared_error(outputs, {"targets": jnp.full((B,), 257), "weights": jnp.ones(B)})
+    outputs = jnp.full(B, 256.0, jnp.bfloat16)
+    found = mean_squared_error(outputs, {"targets": np.full(B, 257), "weights": np.ones(B)})
     assert mean(found["loss"]) == 1
 
 
@@ -310,22 +323,31 @@ def test_nothing_that_counts_gives_zero_sums():
 def test_evaluation_leaves_the_regularisers_out():
     logits, data = normal(B, C), batch(B, weights=1)
     train, test = losses.make(label_smoothing=0.3, z_loss=0.1, metrics=("top_k",), top_k=2)
+    trained, tested = (jax.jit(loss)(logits, data) for loss in (train, test))
     plain = softmax_cross_entropy(logits, data, metrics=("top_k",), top_k=2)
-    jax.tree.map(np.testing.assert_array_equal, test(logits, data), plain)
-    assert train(logits, data)["loss"][0] > plain["loss"][0]
-    assert set(train(logits, data)) == set(test(logits, data)) == {"loss", "top_k"}
+    jax.tree.map(np.testing.assert_array_equal, tested, plain)
+    assert trained["loss"][0] > plain["loss"][0]
+    assert set(trained) == set(tested) == {"loss", "top_k"}
 
 
 def test_every_name_makes_a_pair_of_losses():
     for name, function in losses.LOSSES.items():
-        assert [loss.func for loss in losses.make(name)] == [function, function]
+        assert [loss.func for loss in losses.make(name)] == [function] * 2
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("softmax", {}, r"loss.name='softmax' does not exist. Did you mean 'softmax_cross_entropy'"),
-        ("softmax_cross_entropy", {"smoothing": 0.1}, r"loss.smoothing=0.1: unknown key. Did you mean 'label_smoothing'"),
+        (
+            "softmax_crossentropy",
+            {},
+            r"loss.name='softmax_crossentropy' does not exist. Did you mean 'softmax_cross_entropy'",
+        ),
+        (
+            "softmax_cross_entropy",
+            {"smoothing": 0.1},
+            r"loss.smoothing=0.1: unknown key. Did you mean 'label_smoothing'",
+        ),
         ("softmax_cross_entropy", {"label_smoothing": 1.5}, r"label_smoothing=1.5 is out of range.*between 0 and 1"),
         ("softmax_cross_entropy", {"z_loss": -1.0}, r"loss.z_loss=-1.0 is out of range"),
         ("softmax_cross_entropy", {"metrics": ("acuracy",)}, r"loss.metrics=\('acuracy',\) has the wrong type"),
@@ -350,4 +372,4 @@ def test_a_users_own_loss(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     train, test = losses.make("my_losses:hinge", margin=3, z_loss=1.0)
     assert train.keywords == {"margin": 3, "z_loss": 1.0} and test.keywords == {"margin": 3}
-    assert math.isclose(mean(train(jnp.ones(2), {"weights": jnp.ones(2)})["loss"]), 2)
+    assert math.isclose(mean(train(np.ones(2), {"weights": jnp.ones(2)})["loss"]), 2)

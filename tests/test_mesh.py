@@ -30,7 +30,7 @@ def batches(job, steps=3):
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES)
 def test_same_on_any_mesh(single, mesh):
-    family, one, state, packed, names = single
+    family, one, _, packed, names = single
     many = assemble(small.config(family, mesh=MESHES[mesh]))
     assert small.bits(many.fresh().params) == small.bits(one.fresh().params)
     assert batches(many) == batches(one)

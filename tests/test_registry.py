@@ -64,7 +64,10 @@ def test_pick_something_importable():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("adaam", r"optim.name='adaam' does not exist. Did you mean 'adam'\? There are: adam, lazy, sgd.*package.module"),
+        (
+            "adaam",
+            r"optim.name='adaam' does not exist. Did you mean 'adam'\? There are: adam, lazy, sgd.*package.module",
+        ),
         ("", r"optim.name='' does not exist. There are"),
         ("json.dumps", r"'json.dumps' does not exist"),
         (None, r"optim.name=None must be a name. There are: adam"),

@@ -30,14 +30,19 @@ def build(name: str, **fields: Any) -> nn.Module:
       UserError: there is no such model, it is not a Linen module class, a field is unknown, missing or of the wrong
         type, or the module itself refuses the values.
     """
-    cls = pick(MODELS, name, "model.name")
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise UserError(
-            f"model.name={name!r} is {cls!r}: expected a class that derives from flax.linen.Module. "
-            "An NNX module needs a Linen wrapper: flax.nnx.bridge.to_linen_class."
-        )
+    cls = check_class(pick(MODELS, name, "model.name"), name)
     checked = bind(cls, fields, where="model")
     try:
         return cls(**checked)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+
+
+def check_class(found: Any, name: str) -> type[nn.Module]:
+    """`found`, which `name` stands for, if it is a class of Linen modules (UserError)."""
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise UserError(
+            f"model.name={name!r} is {found!r}: expected a class that derives from flax.linen.Module. "
+            "An NNX module needs a Linen wrapper: flax.nnx.bridge.to_linen_class."
+        )
+    return found

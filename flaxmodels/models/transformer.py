@@ -96,6 +96,11 @@ class Transformer(nn.Module):
                 f"inputs of shape {inputs.shape}: expected (batch, length) with length at most "
                 f"max_length={self.max_length}. Cut the sequences, or raise max_length."
             )
+        if self.attention == "cudnn" and (self.dtype != "bfloat16" or jax.default_backend() != "gpu"):
+            raise ValueError(
+                f'attention="cudnn" needs an Nvidia GPU and dtype="bfloat16"; here are {jax.default_backend()} and '
+                f'{self.dtype}. Use attention="xla".'
+            )
         embed = functools.partial(nn.Embed, features=self.width, embedding_init=_INIT, dtype=self.dtype)
         tokens = embed(self.vocab_size, name="embed")
         x_BxTxD = tokens(inputs)

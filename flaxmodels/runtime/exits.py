@@ -1,7 +1,15 @@
 """Exit codes, and errors as a user should see them."""
 
+import contextlib
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+import traceback
+import types
+from collections.abc import Callable, Iterator
+
+from absl import logging
 
 from flaxmodels.registry import UserError
 
@@ -10,6 +18,25 @@ BAD_INPUT = 2
 # As a shell reports a process that a signal ended: 128 + its number. The run was saved; the same command goes on.
 INTERRUPTED = 128 + 2
 TERMINATED = 128 + 15
+_INTERRUPTED = "interrupted before there was anything to save"
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Around imports that take seconds: Ctrl-C leaves at once, since KeyboardInterrupt can crash one half way."""
+
+    def leave(number: int, frame: types.FrameType | None) -> None:
+        print(_INTERRUPTED, file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one can listen
+        yield
+        return
+    previous = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def reported(main: Callable[[], int], *, debug: bool) -> int:
@@ -17,17 +44,18 @@ def reported(main: Callable[[], int], *, debug: bool) -> int:
 
     Args:
       main: returns an exit code.
-      debug: let the traceback of a `UserError` through.
+      debug: show the traceback of a `UserError`, too; the exit code stays.
     """
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we ask for on purpose
     try:
         return main()
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         if debug:
-            raise
-        print("interrupted before there was anything to save", file=sys.stderr)
+            traceback.print_exc()
+        print(_INTERRUPTED, file=sys.stderr)
         return INTERRUPTED

@@ -15,19 +15,19 @@ _CITATION = """@misc{alpaydin1998optical,
 
 
 def held_out(label: np.ndarray, every: int = 5) -> np.ndarray:
-    """Every fifth example of each class, counted in the order they come: (N,) int -> (N,) bool."""
+    """The first of each class and every fifth after it, in the order they come: (N,) int -> (N,) bool."""
     held = np.zeros(len(label), bool)
     for value in np.unique(label):
-        held[np.flatnonzero(label == value)[every - 1 :: every]] = True
+        held[np.flatnonzero(label == value)[::every]] = True
     return held
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """8x8 images of digits, uint8 in 0..16; splits "train" (1,442) and "test" (355)."""
+    """8x8 images of digits, uint8 in 0..16; splits "train" (1,433) and "test" (364)."""
 
     name = DIGITS.name
     VERSION = tfds.core.Version(DIGITS.version)
-    RELEASE_NOTES: ClassVar = {DIGITS.version: "Every fifth example of each class is held out."}
+    RELEASE_NOTES: ClassVar = {DIGITS.version: "The first of each class and every fifth after it are held out."}
     URLS = ()
 
     def _info(self) -> Any:

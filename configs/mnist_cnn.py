@@ -1,0 +1,19 @@
+"""The classic two-convolution network with dropout on MNIST, 10 epochs.
+
+    python train.py --config=configs/mnist_cnn.py
+
+MNIST is downloaded (11 MB), or read from a folder: --config.data.manual_dir=FOLDER.
+@@
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config."""
+    config = ConfigDict()
+    config.model = dict(name="cnn", features=(32, 64), dropout=0.4, dense=128)
+    config.data = dict(name="mnist", batch_size=128)
+    config.optim = dict(name="adam", learning_rate=2e-3, schedule="cosine", warmup="500 steps", average=0.999)
+    config.train = dict(duration="10 epochs", eval_every="1 epoch", log_every=100, metric="eval/accuracy", mode="max")
+    return config
