@@ -25,7 +25,9 @@ def get_config(recipe: str = "full") -> ConfigDict:
         metric="eval/accuracy",
         mode="max",
     )
-    if recipe == "full":
+    if recipe == "plain":
+        config.data.batch_size = 32
+    else:
         config.loss.label_smoothing = 0.1
         config.optim.update(learning_rate=4e-3, schedule="cosine", average=0.99)
     return config

@@ -150,7 +150,10 @@ def make(
     options = registry.bind([direction, curve], options, where="optim", provided=("steps",))
     own = registry.parameters([direction])
     if warmup >= max(total_steps, 1) and warmup > 0:
-        raise UserError(f"optim.warmup={warmup} steps is not shorter than the run of {total_steps} steps.")
+        raise UserError(
+            f"optim.warmup={warmup} steps is not shorter than the run of {total_steps} steps. "
+            "Shorten it, or lengthen train.duration."
+        )
     rate = _rate(
         learning_rate,
         curve(total_steps - warmup, **{k: v for k, v in options.items() if k not in own}),

@@ -107,26 +107,28 @@ def make_gradient(apply: Apply, loss: Loss) -> Gradient:
 def repeated(step: Step, most: int) -> Step:
     """Several steps in one dispatch: (state, feed) -> (state, outputs), both stacked over up to `most` steps.
 
-    `feed` is {"count": int32 scalar, "each": pytree of (most, ...), "every": pytree that all steps see}. Only the first
-    `count` steps are made, so one compiled program serves every stretch between two events, with the same bits however
-    the steps are cut into dispatches. With `most` = 1 it is the bare step: XLA runs convolutions in a loop on CPU 5 to
-    14 times slower (jax issue 12868).
+    `feed` is {"count": steps to make, "first": the step that row 0 of `each` is for (int32 scalars), "each": pytree of
+    (rows, ...), "every": pytree that all steps see}. Only `count` steps are made, so one compiled program serves every
+    stretch between two events, with the same bits however the steps are cut into dispatches; and the rows of many
+    dispatches can lie on the device in one piece. With `most` = 1 it is the bare step: XLA runs convolutions in a loop
+    on CPU 5 to 14 times slower (jax issue 12868).
     """
 
-    def one(state: TrainState, feed: Any, i: Any) -> tuple[TrainState, Any]:
-        return step(state, (jax.tree.map(lambda x: x[i], feed["each"]), feed["every"]))
+    def one(state: TrainState, feed: Any) -> tuple[TrainState, Any]:
+        row = state.step - feed["first"]
+        return step(state, (jax.tree.map(lambda x: x[row], feed["each"]), feed["every"]))
 
     def single(state: TrainState, feed: Any) -> tuple[TrainState, Any]:
-        state, outputs = one(state, feed, 0)
+        state, outputs = one(state, feed)
         return state, jax.tree.map(lambda x: x[None], outputs)
 
     def several(state: TrainState, feed: Any) -> tuple[TrainState, Any]:
-        shapes = jax.eval_shape(one, state, feed, 0)[1]
+        shapes = jax.eval_shape(one, state, feed)[1]
         empty = jax.tree.map(lambda x: jnp.zeros((most, *x.shape), x.dtype), shapes)
 
         def body(i: Any, carry: Any) -> Any:
             state, outputs = carry
-            state, new = one(state, feed, i)
+            state, new = one(state, feed)
             return state, jax.tree.map(lambda old, x: old.at[i].set(x), outputs, new)
 
         return jax.lax.fori_loop(0, feed["count"], body, (state, empty))

@@ -98,8 +98,9 @@ def test_the_step_compiles_once(tmp_path):
 def test_a_compiled_step_refuses_another_shape():
     job = assemble(small_config())
     program = job.lower_train()[0].compile()
-    feed = next(job.train.dispatches(0, [(0, 1)], 5))
-    with pytest.raises(TypeError, match=r"compiled with int32\[4,16\] and called with int32\[5,16\]"):
+    wider = assemble(small_config(data=dict(batch_size=32)))
+    feed = next(wider.train.dispatches(0, [(0, 1)], 4))
+    with pytest.raises(TypeError, match=r"compiled with int32\[8192,16\] and called with int32\[4096,32\]"):
         program(job.fresh(), feed)
 
 

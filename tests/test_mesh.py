@@ -22,9 +22,12 @@ def single(request):
 
 
 def batches(job, steps=3):
-    batch = jax.jit(lambda each, every: job.train.batch(jax.tree.map(lambda x: x[0], each), every))
+    def at(feed, step):
+        each = jax.tree.map(lambda x: x[step - feed["first"]], feed["each"])
+        return job.train.batch(each, feed["every"])
+
     feeds = job.train.dispatches(job.seed, [(i, 1) for i in range(steps)], 1)
-    return [small.bits(batch(feed["each"], feed["every"])) for feed in feeds]
+    return [small.bits(jax.jit(at)(feed, step)) for step, feed in enumerate(feeds)]
 
 
 @pytest.mark.slow

@@ -181,7 +181,8 @@ def many():
         """Steps first, first + 1, ...; what is beyond `count` is garbage that must not matter."""
         rows = [each[first + i] if i < count else jax.tree.map(lambda x: x * 0 - 1, each[0]) for i in range(MOST)]
         stacked = jax.tree.map(lambda *x: np.stack(x), *rows)
-        return program(state, {"count": np.int32(count), "each": stacked, "every": {"zero": np.float32(0)}})
+        numbers = {"count": np.int32(count), "first": np.int32(first)}
+        return program(state, {**numbers, "each": stacked, "every": {"zero": np.float32(0)}})
 
     return setup, each, dispatch, program
 
@@ -225,7 +226,7 @@ def test_no_step_is_no_change(many):
 
 def test_one_step_a_dispatch_is_the_bare_step(mlp):
     one = step.repeated(lambda state, item: mlp.update(state, item[0]), 1)
-    feed = {"count": np.int32(1), "each": jax.tree.map(lambda x: x[None], batch()), "every": {}}
+    feed = {"count": np.int32(1), "first": np.int32(0), "each": jax.tree.map(lambda x: x[None], batch()), "every": {}}
     assert "while" not in jax.jit(one).lower(mlp.state, feed).as_text()
     (state, outputs), (alone, found) = jax.jit(one)(mlp.state, feed), mlp.step(mlp.state, batch())
     equal(state, alone)

@@ -4,10 +4,11 @@ Two placements with the same batches. "host": numpy gathers rows, which travel, 
 split lies on every device, only indices travel, and rows are gathered inside the jitted step.
 """
 
+import contextlib
 import functools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,8 @@ Placement = Literal["auto", "host", "device"]
 
 # A split moves onto the device by itself up to this share of the device's memory, and this many bytes.
 RESIDENT_SHARE, RESIDENT_BYTES = 0.05, 2**28
+# Indices that are sent in one piece for a resident split.
+INDICES = 2**17
 
 
 def choose(placement: Placement, nbytes: int, mesh: Mesh) -> tuple[bool, str]:
@@ -74,11 +77,19 @@ class Feed:
             jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), arrays),
         )
 
+    def rows(self, most: int) -> int:
+        """Steps whose indices are sent in one piece, at least `most`.
+
+        A resident split needs nothing else from the host, so that many dispatches share a piece: sending a few numbers
+        costs the host more than a small step costs the device.
+        """
+        return max(most, INDICES // self.batch_size) if self.resident else most
+
     def abstract_dispatch(self, most: int) -> dict[str, Any]:
         """What `dispatches` yields, as `jax.ShapeDtypeStruct`."""
-        each, every = self.abstract((most,))
-        count = jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(self.mesh))
-        return {"count": count, "each": each, "every": every}
+        each, every = self.abstract((self.rows(most),))
+        number = jax.ShapeDtypeStruct((), np.int32, sharding=sharding.replicated(self.mesh))
+        return {"count": number, "first": number, "each": each, "every": every}
 
     def example(self) -> Batch:
         """Shapes and dtypes of a batch."""
@@ -106,26 +117,36 @@ class Feed:
         )
 
     def dispatches(self, seed: int, stretches: Iterable[tuple[int, int]], most: int, ahead: int = 2) -> Generator[Any]:
-        """What each dispatch is given, prepared and sent by a thread, up to `ahead` dispatches early.
+        """What each dispatch is given, prepared and sent by a thread ahead of need.
 
         Args:
           seed: of the run.
-          stretches: (first step, number of steps) of each dispatch, numbers up to `most`.
+          stretches: (first step, number of steps) of each dispatch, one after the other; numbers up to `most`.
           most: steps that a dispatch has room for.
-          ahead: how many may wait.
+          ahead: how many pieces may wait.
 
         Yields:
           The feed of `step.repeated`.
         """
+        rows = self.rows(most)
 
-        def make(stretch: tuple[int, int]) -> dict[str, Any]:
-            first, count = stretch
-            index = np.zeros((most, self.batch_size), np.int32)
-            index[:count] = order.train_indices(seed, first, count, self.batch_size, self.split.size)
-            number = jax.device_put(np.int32(count), sharding.replicated(self.mesh))
-            return {"count": number, "each": self.place(index), "every": self.every}
+        def make(piece: list[tuple[int, int]]) -> list[dict[str, Any]]:
+            first, total = piece[0][0], sum(count for _, count in piece)
+            index = np.zeros((rows, self.batch_size), np.int32)
+            index[:total] = order.train_indices(seed, first, total, self.batch_size, self.split.size)
+            shared = {"first": self._number(first), "each": self.place(index), "every": self.every}
+            return [{"count": self._count(count), **shared} for _, count in piece]
 
-        return _ahead(make, stretches, ahead)
+        with contextlib.closing(_ahead(make, _pieces(stretches, rows), ahead)) as pieces:
+            for piece in pieces:
+                yield from piece
+
+    def _number(self, value: int) -> jax.Array:
+        return jax.device_put(np.int32(value), sharding.replicated(self.mesh))
+
+    @functools.cached_property
+    def _count(self) -> Callable[[int], jax.Array]:
+        return functools.cache(self._number)
 
     def evaluation(self, ahead: int = 2) -> Generator[tuple[Any, Any]]:
         """(each, every) of one pass over the split, in order, the last batch padded with index -1."""
@@ -133,6 +154,18 @@ class Feed:
         return _ahead(
             lambda i: (self.place(order.eval_index(i, self.batch_size, self.split.size)), self.every), batches, ahead
         )
+
+
+def _pieces(stretches: Iterable[tuple[int, int]], rows: int) -> Iterator[list[tuple[int, int]]]:
+    """Group dispatches, one after the other, so that each group has at most `rows` steps."""
+    piece: list[tuple[int, int]] = []
+    for first, count in stretches:
+        if piece and first + count - piece[0][0] > rows:
+            yield piece
+            piece = []
+        piece.append((first, count))
+    if piece:
+        yield piece
 
 
 def _everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
