@@ -219,7 +219,7 @@ def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, 
 
 
 def stretches(start: int, total: int, most: int, marks: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Cut steps `start` to `total` into dispatches of up to `most`, none across a multiple of a mark: (first, number)."""
+    """Cut `start` to `total` into dispatches (first, number), none over `most`, none across a multiple of a mark."""
     while start < total:
         end = min([total, start + most, *(start // mark * mark + mark for mark in marks if mark)])
         yield start, end - start
@@ -264,7 +264,8 @@ class Run:
         step = int(state.step)
         if memory.finished or step == job.total_steps:
             self.writers.note(f"finished at step {step} already ({memory.finished}): evaluating only")
-            self._measure(state)
+            with contextlib.suppress(StoppedError):
+                self._measure(state)
             return self._end(state, step, begun)
         lowered, self.names = job.lower_train()
         program = lowered.compile()
@@ -313,6 +314,7 @@ class Run:
     def _log(self, step: int) -> None:
         means = metrics.means({name: (pair[0], pair[1]) for name, pair in self.memory.pending.items()})
         self.memory.pending = {}
+        self.checkpoints.check()
         speed = self._watch.lap() * self.job.train.batch_size
         self.writers.write(step, {f"train/{k}": v for k, v in means.items()} | {"perf/examples_per_second": speed})
 

@@ -63,6 +63,9 @@ class Writers:
         self._display = console.open_display(stream or sys.stdout, total_steps, start_step, examples_per_step)
         self._metrics = MetricsFile(self._workdir / "metrics.jsonl", start_step)
         self._tensorboard = open_tensorboard(self._workdir / "tensorboard", start_step)
+        # An evaluation that a resumed process makes again, because it was killed before it could save that it was made.
+        rows = read_metrics(self._workdir / "metrics.jsonl")
+        self._logged = {key for row in rows if row["step"] == start_step for key in row}
         self._check_files()
         atexit.register(self.close)  # sys.exit without `with` must give the cursor back too
 
@@ -109,13 +112,14 @@ class Writers:
         """Log one row of metrics: a line of metrics.jsonl, TensorBoard scalars, and the console.
 
         Floats are written so that they read back bit for bit. JSON has no NaN: it and the infinities become the
-        strings "NaN", "Infinity" and "-Infinity", which `float()` and `read_metrics` turn back.
+        strings "NaN", "Infinity" and "-Infinity", which `float()` and `read_metrics` turn back. What an earlier process
+        logged for the step that was restored is not logged again.
 
         Args:
           step: the optimizer step that the values belong to.
           values: name -> number. "train/loss", "eval/accuracy", "perf/...": the part before "/" groups them.
         """
-        if not self._enabled:
+        if not self._enabled or (step == self._start_step and values.keys() <= self._logged):
             return
         self._last_step = max(self._last_step, step)
         self._metrics.write(step, values)

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from flaxmodels import curves, writers
-from flaxmodels.writers import Writers
+from flaxmodels.writers import Writers, read_metrics
 
 ROOT = Path(writers.__file__).parents[1]
 
@@ -301,7 +301,7 @@ def test_without_tensorboard_everything_else_is_written(tmp_path, monkeypatch):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from flaxmodels.writers import Writers
+from flaxmodels.writers import Writers, read_metrics
 w = Writers(Path(sys.argv[1]), total_steps=50, start_step=0, examples_per_step=8)
 w.note("mesh: data=8")
 for step in range(1, 51):
@@ -367,3 +367,18 @@ def test_a_terminal_gets_its_cursor_back_however_the_run_ends(tmp_path, end, cod
     assert re.search(r"(^|\n|\r|K)someone else's print\r\n", out)
     assert "mesh: data=8" in out
     assert (b"RuntimeError: boom" in errors) == (code == 1)
+
+
+def test_a_row_of_the_restored_step_is_not_logged_again(tmp_path):
+    """A process that is killed after an evaluation and before the next save makes that evaluation again."""
+    options = {"total_steps": 10, "examples_per_step": 1, "stream": io.StringIO()}
+    with Writers(tmp_path, start_step=0, **options) as writers:
+        writers.write(4, {"train/loss": 1.0})
+        writers.write(4, {"eval/loss": 2.0})
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with Writers(tmp_path, start_step=4, **options) as writers:
+        writers.write(4, {"eval/loss": 2.0})
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        writers.write(4, {"eval/accuracy": 0.5})
+        writers.write(5, {"eval/loss": 3.0})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [4, 4, 4, 5]

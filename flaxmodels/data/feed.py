@@ -187,10 +187,9 @@ def _ahead(make: Callable[[Any], Any], items: Iterable[Any], ahead: int) -> Gene
 
     def put(result: Any, error: BaseException | None = None) -> None:
         while not stopped.is_set():
-            try:
-                return ready.put((result, error), timeout=0.1)
-            except queue.Full:
-                continue
+            with contextlib.suppress(queue.Full):
+                ready.put((result, error), timeout=0.1)
+                return
 
     def work() -> None:
         try:
