@@ -82,7 +82,7 @@ def test_digits_are_all_there(data_dir):
 def test_digits_are_stratified(data_dir):
     source = digits(data_dir)
     train, test = (np.bincount(s.arrays["label"], minlength=10) for s in (source.train, source.test))
-    np.testing.assert_array_equal(test, (train + test) // 5)
+    np.testing.assert_array_equal(test, -(-(train + test) // 5))  # a fifth, rounded up
 
 
 def test_digits_keep_their_order(data_dir):
@@ -91,7 +91,7 @@ def test_digits_keep_their_order(data_dir):
 
     held = np.zeros(1797, bool)
     for value in range(10):
-        held[np.flatnonzero(load_digits().target == value)[4::5]] = True
+        held[np.flatnonzero(load_digits().target == value)[::5]] = True
     np.testing.assert_array_equal(digits(data_dir).train.arrays["label"], load_digits().target[~held])
 
 
@@ -122,7 +122,7 @@ def test_fingerprint_is_of_the_content(data_dir, tmp_path):
     source = digits(data_dir)
     splits = {"train": source.train, "test": source.test}
     described = {f"{s}/{n}": describe(a) for s, split in splits.items() for n, a in split.arrays.items()}
-    assert source.fingerprint == fingerprint(described) == "b9f718698633f172"
+    assert source.fingerprint == fingerprint(described) == "ba652f8e10805ce8"
     described["train/label"] = describe(source.train.arrays["label"][::-1])
     assert fingerprint(described) != source.fingerprint
 
@@ -244,7 +244,12 @@ def test_no_network_fails_fast_and_says_what_to_fetch(tmp_path, no_network):
 
 def test_no_answer_is_not_waited_for(monkeypatch):
     """A name server that does not answer: looking a name up has no timeout of its own."""
-    monkeypatch.setattr(socket, "create_connection", lambda *args, **kwargs: time.sleep(30))
+
+    def hang(*args, **kwargs):
+        time.sleep(30)
+        raise TimeoutError  # in a thread that outlives this test: another error would surface in some other one
+
+    monkeypatch.setattr(socket, "create_connection", hang)
     start = time.monotonic()
     assert "no answer" in builders.unreachable("https://example.invalid/x", seconds=0.1)
     assert time.monotonic() - start < 5
