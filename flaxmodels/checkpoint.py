@@ -129,7 +129,9 @@ class Checkpoints:
         scored = [(sign * metrics["watched"], step) for step, metrics in found.items() if metrics]
         return min(scored)[1] if scored else None
 
-    def save(self, state: TrainState, step: int, meta: dict[str, Any], watched: float | None = None) -> bool:
+    def save(
+        self, state: TrainState, step: int, meta: dict[str, Any], watched: float | None = None, *, replace: bool = False
+    ) -> None:
         """Save `state`; returns when its arrays are copied, and writes on in the background.
 
         Args:
@@ -137,15 +139,16 @@ class Checkpoints:
           step: its number.
           meta: JSON data.
           watched: the watched metric of this state, where it was evaluated.
-
-        Returns:
-          False where the step is on disk already.
+          replace: write the step again if it is on disk; else that does nothing, as a step has one state.
 
         Raises:
           Exception: an earlier save failed in the background.
         """
         if step in self._manager.all_steps():
-            return False
+            if not replace:
+                return
+            self._manager.delete(step)
+        self.wait()  # for its deletions too: they rename into the folder that is emptied now
         self._empty_trash()
         rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
         self._manager.save(
@@ -158,7 +161,6 @@ class Checkpoints:
             metrics=None if watched is None else {"watched": watched},
         )
         self._saved_at = time.monotonic()
-        return True
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """Read a step onto the mesh of `abstract`, whatever mesh it was saved from.
@@ -198,19 +200,21 @@ class Checkpoints:
             ) from error
         return TrainState(params=found["params"], **found["rest"]), found["meta"]
 
-    def meta(self, step: int) -> dict[str, Any]:
-        """The JSON of a step, without its arrays."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-
     def check(self) -> None:
         """Raise the error of a save that failed in the background, if one did."""
         self._manager.check_for_errors()
 
+    def wait(self) -> None:
+        """Wait for the save in flight; raise its error."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for the save in flight, and let go. Raises its error."""
-        self._manager.wait_until_finished()
-        self._empty_trash()
-        self._manager.close()
+        try:
+            self.wait()
+            self._empty_trash()
+        finally:
+            self._manager.close()
 
     def _empty_trash(self) -> None:
         if not self._read_only and jax.process_index() == 0:

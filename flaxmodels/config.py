@@ -1,7 +1,7 @@
 """From flags to a config: a Python file with `get_config()`, and `--config.KEY=VALUE` on top.
 
 A config holds only what differs from the defaults, which live in signatures; so a key given on the command line need
-not stand in the file. Nothing here knows what a key means: `job.check` does.
+not stand in the file. Nothing here knows what a key means: `sections.check` does.
 """
 
 import argparse

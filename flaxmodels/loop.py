@@ -11,7 +11,6 @@ randomness), and `Memory`, the few host-side numbers that lines of the log depen
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,41 +19,18 @@ from typing import Any, TextIO
 
 import jax
 
-from flaxmodels import metrics, optim, registry, sections, sharding
-from flaxmodels.checkpoint import Checkpoints, versions
+from flaxmodels import metrics, optim, registry, resume, sections, sharding
+from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.evaluate import StoppedError, evaluate
 from flaxmodels.job import Job, assemble
 from flaxmodels.registry import UserError
+from flaxmodels.resume import Memory
 from flaxmodels.runtime import exits
 from flaxmodels.runtime.lock import workdir_lock
 from flaxmodels.runtime.signals import Stop
+from flaxmodels.runtime.stopwatch import Stopwatch
 from flaxmodels.state import TrainState
 from flaxmodels.writers import Writers
-
-# Keys that a resumed run may change: they decide when and where things happen, not what is computed.
-FREE_KEYS = (
-    "train.log_every", "train.eval_every", "train.patience", "train.metric", "train.mode",
-    "checkpoint.", "mesh.", "sharding.", "data.placement", "data.eval_batch_size", "data.data_dir", "data.manual_dir",
-)  # fmt: skip
-
-
-@dataclasses.dataclass
-class Memory:
-    """What a resumed run must know beside its arrays, saved as JSON in each checkpoint.
-
-    Attributes:
-      pending: sums and counts of training metrics since the last line of the log, float64.
-      evaluated: the last step that was evaluated.
-      best: the best value of the watched metric.
-      stale: evaluations since then.
-      finished: why the run is over; "" while it is not.
-    """
-
-    pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)
-    evaluated: int = 0
-    best: float | None = None
-    stale: int = 0
-    finished: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +41,7 @@ class Outcome:
       state: the last state.
       step: its number.
       metrics: of the last evaluation, "eval/loss" and so on.
-      finished: why the run is over; "" where a signal stopped it and the same call would go on.
+      finished: why the run is over; "" where a signal stopped it, and the same call would go on.
       exit_code: for the process.
     """
 
@@ -96,30 +72,39 @@ def fit(
     Raises:
       UserError: bad input of any kind, before the first step.
     """
-    workdir = Path(workdir)
-    resolved = {key: value for key, value, _ in sections.resolved(config)}
+    workdir, rows = Path(workdir), sections.resolved(config)
+    resolved = {key: value for key, value, _ in rows}
     devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
-    with Stop() as stop, _first_process(workdir_lock(workdir)):
-        _same_config(workdir, resolved, allow_config_change)
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes: fit does not agree with others on when to save and stop "
+            "yet. Start it without jax.distributed, on one host."
+        )
+    with workdir_lock(workdir):
+        resume.same_config(workdir, rows, allow_config_change)
         job = assemble(config, devices)
         evaluation = _evaluation(job)
-        checkpoints = Checkpoints(workdir / "checkpoints", best_mode=job.cadence.mode, **job.checkpoint)
-        with contextlib.closing(checkpoints):
-            state, memory = _start(job, checkpoints)
+        # From here on there may be something to save; before, a signal simply ends the process.
+        with Stop() as stop, contextlib.closing(_checkpoints(job, workdir)) as checkpoints:
+            state, memory = resume.start(job, checkpoints)
             start = int(state.step)
-            _write_config(workdir, resolved)
+            resume.write_config(workdir, resolved)
             with Writers(
                 workdir,
                 total_steps=job.total_steps,
                 start_step=start,
                 examples_per_step=job.train.batch_size,
                 stream=stream,
-                enabled=jax.process_index() == 0,
             ) as writers:
                 for note in (*job.notes, f"workdir: {workdir}" + (f", resumed at step {start}" if start else "")):
                     writers.note(note)
                 writers.parameter_table(parameter_rows(job.abstract.params))
                 return Run(job, checkpoints, writers, stop, memory, resolved, evaluation).train(state)
+
+
+def _checkpoints(job: Job, workdir: Path, *, read_only: bool = False) -> Checkpoints:
+    options = {**job.checkpoint, "best_mode": job.cadence.mode, "read_only": read_only}
+    return Checkpoints(workdir / "checkpoints", **options)
 
 
 def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> tuple[int, dict[str, float], float]:
@@ -139,64 +124,18 @@ def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> t
     folder = Path(workdir) / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--workdir={str(workdir)!r} has no checkpoints: train first, or name the workdir of a run.")
-    checkpoints = Checkpoints(folder, best_mode=job.cadence.mode, read_only=True, **job.checkpoint)
-    with contextlib.closing(checkpoints):
+    with contextlib.closing(_checkpoints(job, Path(workdir), read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         named = {"best": checkpoints.best() or checkpoints.latest(), "latest": checkpoints.latest()}
         step = named.get(which, int(which) if which.isdecimal() else None)
         if step is None or step not in steps:
             known = [*named, *map(str, steps)]
             raise UserError(f"--step={which!r} is not in {str(folder)!r}. {registry.suggest(which, known)}")
-        state, _ = checkpoints.restore(step, job.abstract)
+        state, found = checkpoints.restore(step, job.abstract)
+    resume.same_data(job, found)
     lowered, names = job.lower_eval()
     params = optim.parameters_average(state.opt_state, state.params)
     return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)
-
-
-def _first_process(context: contextlib.AbstractContextManager[None]) -> contextlib.AbstractContextManager[None]:
-    """`context` on process 0; nothing on the others, which share its workdir."""
-    return context if jax.process_index() == 0 else contextlib.nullcontext()
-
-
-def _start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, Memory]:
-    """The newest checkpoint, or a fresh state."""
-    newest = checkpoints.latest()
-    if newest is None:
-        return job.fresh(), Memory()
-    if newest > job.total_steps:
-        raise UserError(
-            f"train.duration is {job.total_steps} steps, but the workdir is at step {newest} already: "
-            "choose a longer duration, or another --workdir."
-        )
-    state, meta = checkpoints.restore(newest, job.abstract)
-    if meta["fingerprint"] != job.source.fingerprint:
-        raise UserError(
-            f"data {job.source.name!r} has fingerprint {job.source.fingerprint}, but the workdir was trained on "
-            f"{meta['fingerprint']}: the content differs. Restore the data, or choose another --workdir."
-        )
-    return state, Memory(**meta["memory"])
-
-
-def _same_config(workdir: Path, resolved: Mapping[str, Any], allowed: bool) -> None:
-    """Refuse a workdir of another config, unless that one never came to save a step."""
-    file, now = workdir / "config.json", json.loads(json.dumps(resolved))
-    if file.exists() and any(folder.name.isdecimal() for folder in (workdir / "checkpoints").glob("*")):
-        old = json.loads(file.read_text())["config"]
-        keys = [k for k in sorted({*old, *now}) if not k.startswith(FREE_KEYS) and old.get(k) != now.get(k)]
-        if keys and not allowed:
-            changes = "; ".join(f"{k} was {old.get(k)!r}, is {now.get(k)!r}" for k in keys[:5])
-            raise UserError(
-                f"--workdir={str(workdir)!r} belongs to another config: {changes}. "
-                "Choose another --workdir, or resume all the same with --allow_config_change."
-            )
-
-
-def _write_config(workdir: Path, resolved: Mapping[str, Any]) -> None:
-    """Write the config beside the checkpoints, with versions."""
-    if jax.process_index() == 0:
-        new = workdir / "config.tmp"
-        new.write_text(json.dumps({"config": resolved, "versions": versions()}, indent=1) + "\n")
-        new.replace(workdir / "config.json")
 
 
 def _evaluation(job: Job) -> tuple[jax.stages.Lowered, list[str]]:
@@ -256,28 +195,36 @@ class Run:
         self.names: list[str] = []
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
-        self._watch = _Stopwatch()
+        self._watch = Stopwatch()
 
     def train(self, state: TrainState) -> Outcome:
         """From `state` to the end of the run, or to a signal."""
-        job, memory, begun = self.job, self.memory, time.monotonic()
-        step = int(state.step)
-        if memory.finished or step == job.total_steps:
-            self.writers.note(f"finished at step {step} already ({memory.finished}): evaluating only")
+        begun, step = time.monotonic(), int(state.step)
+        if step and self._evaluation_due(step):
+            # A signal came in this evaluation. The step is on disk without its result, which may make it the best.
+            self._evaluate(state, step, replace=True)
+        elif self._finished(step):
+            self.writers.note(f"finished at step {step} already ({self._finished(step)}): evaluating only")
             with contextlib.suppress(StoppedError):
                 self._measure(state)
-            return self._end(state, step, begun)
+        if not (self.stop or self._finished(step)):
+            state, step = self._steps(state, step)
+        self._save(state, step)
+        return self._end(state, step, begun)
+
+    def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
+        """Compile, and make steps from `step` on: (state, step) where that ended."""
+        job, begun = self.job, time.monotonic()
         lowered, self.names = job.lower_train()
         program = lowered.compile()
         self.writers.note(f"compiled in {time.monotonic() - begun:.1f} s")
         marks = (job.cadence.eval_every, self.checkpoints.every)
         plan = functools.partial(stretches, step, job.total_steps, job.cadence.steps_per_dispatch, marks)
-        if step and self._evaluation_due(step):
-            self._evaluate(state, step)  # the signal that ended the last process came in this evaluation
         feeds = job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)
+        self._watch = Stopwatch()
         with contextlib.closing(feeds):
             for (first, count), feed in zip(plan(), feeds):
-                if self.stop or memory.finished:
+                if self.stop or self._finished(step):
                     break
                 with jax.transfer_guard("disallow"):
                     state, packed = program(state, feed)
@@ -289,11 +236,14 @@ class Run:
                     self._evaluate(state, step)
                 if self.checkpoints.due(step):
                     self._save(state, step)
-        self._read()
-        if step == job.total_steps:
-            memory.finished = memory.finished or "all steps made"
-        self._save(state, step)
-        return self._end(state, step, begun)
+        return state, step
+
+    def _finished(self, step: int) -> str:
+        """Why the run is over after `step`, or ""."""
+        memory, cadence = self.memory, self.job.cadence
+        if cadence.patience and memory.stale >= cadence.patience:
+            return f"no better {cadence.metric} in {memory.stale} evaluations"
+        return "all steps made" if step == self.job.total_steps == memory.evaluated else ""
 
     def _read(self) -> None:
         """Wait for the dispatch before this one; add its metrics up, and log the lines that are complete."""
@@ -323,23 +273,21 @@ class Run:
         due = step == self.job.total_steps or (every > 0 and step % every == 0)
         return due and self.memory.evaluated < step
 
-    def _evaluate(self, state: TrainState, step: int) -> None:
-        """Evaluate, log, and keep count of what is best."""
+    def _evaluate(self, state: TrainState, step: int, *, replace: bool = False) -> None:
+        """Evaluate, log, keep count of what is best, and save that; nothing of it where a signal comes in between."""
         self._read()
-        with self._watch.paused(), contextlib.suppress(StoppedError):
-            self._measure(state)
+        with contextlib.suppress(StoppedError):
+            with self._watch.paused():
+                self._measure(state)
             memory, cadence = self.memory, self.job.cadence
-            memory.evaluated = step
             self.writers.write(step, self.evaluation)
             value = self.evaluation[cadence.metric]
             sign = 1 if cadence.mode == "min" else -1
             better = math.isfinite(value) and (memory.best is None or sign * value < sign * memory.best)
             memory.best, memory.stale = (value, 0) if better else (memory.best, memory.stale + 1)
-            if cadence.patience and memory.stale >= cadence.patience:
-                memory.finished = f"no better {cadence.metric} in {memory.stale} evaluations"
-                self.writers.note(f"stopping early: {memory.finished}")
-        if self.memory.evaluated == step and self.memory.stale == 0 and self.checkpoints.keep_best:
-            self._save(state, step)
+            memory.evaluated = step
+            if replace or (better and self.checkpoints.keep_best):
+                self._save(state, step, replace=replace)
 
     def _measure(self, state: TrainState) -> None:
         params = optim.parameters_average(state.opt_state, state.params)
@@ -349,59 +297,22 @@ class Run:
         norm = float(jax.device_get(self.norm_program(params)))
         self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}
 
-    def _save(self, state: TrainState, step: int) -> None:
+    def _save(self, state: TrainState, step: int, *, replace: bool = False) -> None:
         self._read()
         with self._watch.paused():
-            meta = {
-                "memory": dataclasses.asdict(self.memory),
-                "fingerprint": self.job.source.fingerprint,
-                "config": self.resolved,
-            }
-            watched = self.evaluation.get(self.job.cadence.metric) if self.memory.evaluated == step else None
-            self.checkpoints.save(state, step, meta, watched if watched is None or math.isfinite(watched) else None)
+            found = self.evaluation.get(self.job.cadence.metric, math.nan)
+            watched = found if self.memory.evaluated == step and math.isfinite(found) else None
+            details = resume.meta(self.job, self.memory, self.resolved)
+            self.checkpoints.save(state, step, details, watched, replace=replace)
 
     def _end(self, state: TrainState, step: int, begun: float) -> Outcome:
-        self.checkpoints.check()
-        if self.memory.finished:
+        self.checkpoints.wait()  # what is said to be saved, is
+        finished, code = self._finished(step), exits.DONE
+        if finished:
+            self.writers.note(f"finished: {finished}")
             self.writers.final(self.evaluation, time.monotonic() - begun)
-        code = exits.DONE
-        if not self.memory.finished and self.stop.signal is not None:
-            code = 128 + self.stop.signal
-            name = self.stop.signal.name
-            self.writers.note(
-                f"{name}: saved step {step} of {self.job.total_steps}; the same command goes on from there"
-            )
-        return Outcome(state, step, dict(self.evaluation), self.memory.finished, code)
-
-
-class _Stopwatch:
-    """Steps a second of training proper: evaluations and saves are not counted. Monotonic clock."""
-
-    def __init__(self) -> None:
-        self._seconds, self._steps = 0.0, 0
-        self._since = time.monotonic()
-
-    def tick(self, steps: int) -> float:
-        """`steps` were seen to end now; the seconds that each of them took."""
-        now = time.monotonic()
-        each, self._since = (now - self._since) / steps, now
-        return each
-
-    def add(self, seconds: float) -> None:
-        """Count one step."""
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
-
-    def lap(self) -> float:
-        """Steps a second since the last lap."""
-        speed = self._steps / max(self._seconds, 1e-9)
-        self._seconds, self._steps = 0.0, 0
-        return speed
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside is not counted."""
-        ran = time.monotonic() - self._since
-        try:
-            yield
-        finally:
-            self._since = time.monotonic() - ran
+        elif self.stop.signal is not None:
+            code = exits.SIGNALLED + self.stop.signal
+            name, total = self.stop.signal.name, self.job.total_steps
+            self.writers.note(f"{name}: saved step {step} of {total}; the same command goes on from there")
+        return Outcome(state, step, dict(self.evaluation), finished, code)

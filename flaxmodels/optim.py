@@ -136,7 +136,8 @@ def make(
       clip_norm: largest global norm of the gradients; None does not clip.
       rules: ((regex, {"learning_rate": multiplier, "weight_decay": value, "freeze": bool}), ...); the first rule whose
         regex is found in a parameter's path holds. Frozen parameters have no optimizer state.
-      average: decay of an exponential moving average of the parameters, which evaluation then uses.
+      average: decay of an exponential moving average of the parameters, which evaluation then uses (with BatchNorm's
+        running statistics as they are: these are averages already).
       **options: keyword arguments of the optimizer and of the schedule.
 
     Returns:

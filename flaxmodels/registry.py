@@ -245,3 +245,19 @@ def spell(annotation: Any) -> str:
         return "None"
     names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", dict: "a dict"}
     return names.get(origin or annotation, str(annotation))
+
+
+def storable(value: Any) -> Any:
+    """A value of a config, or a default, as JSON can hold it: functions, classes and dtypes become names.
+
+    Never an address in memory: what is equal must be stored equal, in every process.
+    """
+    if isinstance(value, Mapping):
+        return {str(k): storable(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [storable(v) for v in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
+    home = getattr(value, "__module__", None) or type(value).__module__
+    return f"{home}:{name}" if isinstance(name, str) else f"{type(value).__module__}:{type(value).__qualname__}"

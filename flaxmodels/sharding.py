@@ -154,7 +154,7 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = ()) -> P
     """How an array of `shape` at `path` lies on `mesh`.
 
     Args:
-      path: such as "params/blocks/mlp/up/kernel"; a rule's regex must be found at its end.
+      path: such as "blocks/mlp/up/kernel"; a rule's regex must be found at its end.
       shape: of the array.
       mesh: the mesh.
       rules: a user's own, tried before `RULES`; these must fit, axis by axis.
@@ -194,24 +194,35 @@ def _fallback(entries: list[Any], shape: Sequence[int], mesh: Mesh) -> list[Any]
     return entries
 
 
-def shard_tree(tree: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+def shard_tree(tree: Any, mesh: Mesh, rules: Rules = (), params: Any = None) -> Any:
     """A `NamedSharding` for each leaf (anything with a shape) of a pytree, from its path.
+
+    Args:
+      tree: parameters, or a whole train state.
+      mesh: the mesh.
+      rules: a user's own; their regexes see paths of parameters, such as "blocks/mlp/up/kernel".
+      params: the parameters in `tree`; None: `tree` itself. A leaf whose path ends in the path of a parameter of the
+        same shape (a moment, an average) lies as that parameter does.
 
     Raises:
       UserError: one of `rules` does not fit, or matches nothing.
     """
-    paths = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in jax.tree.leaves_with_path(tree)]
+    leaves = jax.tree.leaves_with_path(tree if params is None else params)
+    shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(x.shape) for keys, x in leaves}
     for pattern, _ in rules:
-        if not any(re.search(f"(?:{pattern})$", path) for path in paths):
-            found = [path for path in paths if path.startswith("params/")] or paths
+        if not any(re.search(f"(?:{pattern})$", path) for path in shapes):
             raise UserError(
                 f"sharding.rules: {pattern!r} is found at the end of no parameter's path. "
-                f"{registry.suggest(pattern, found)}"
+                f"{registry.suggest(pattern, shapes)}"
             )
 
     def one(keys: tuple[Any, ...], x: Any) -> NamedSharding:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(path, x.shape, mesh, rules))
+        parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        ends = ("/".join(parts[i:]) for i in range(len(parts)))
+        path = next((end for end in ends if end in shapes), "/".join(parts))
+        # A factored moment has a shape of its own, which a rule for the parameter can't fit.
+        own = rules if shapes.get(path) == tuple(x.shape) else ()
+        return NamedSharding(mesh, spec_of(path, x.shape, mesh, own))
 
     return jax.tree.map_with_path(one, tree)
 

@@ -80,6 +80,6 @@ def init(
         return create(model, tx, inputs, seed)
 
     shapes = jax.eval_shape(fresh)
-    places = sharding.shard_tree(shapes, mesh, rules)
+    places = sharding.shard_tree(shapes, mesh, rules, shapes.params)
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
     return jax.jit(fresh, out_shardings=places), abstract

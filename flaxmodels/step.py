@@ -1,9 +1,8 @@
 """The train step: a pure function of arguments you can see, the same for every model family.
 
 Read `train_step`. Around it, from the inside out: `make_gradient` (model and loss -> gradients), `train_step` (one
-update), `from_rows` (rows of a data set -> batch), `repeated` (several steps a dispatch), `compile_step` (jit,
-shardings, donation). A feature enters as an optax transform, a loss, or a function that wraps a gradient function and
-has its signature; never as an `if` in the step.
+update), `repeated` (several steps a dispatch), `compile_step` (jit, shardings, donation). A feature enters as an optax
+transform, a loss, or a function that wraps a gradient function and has its signature; never as an `if` in the step.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,15 @@
 """Small jobs that tests share: one a model family, with BatchNorm and dropout, and data made on the spot."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from flaxmodels import evaluate as evaluation
 from flaxmodels import metrics
 from flaxmodels.job import Job
 from flaxmodels.state import TrainState
@@ -13,6 +17,20 @@ from flaxmodels.state import TrainState
 IMAGES = dict(name="synthetic_images", batch_size=16)
 TOKENS = dict(name="synthetic_tokens", batch_size=16)
 ADAM = dict(name="adam", learning_rate=3e-3)
+
+
+class Ordinary(nn.Module):
+    """A module as people write them: its fields have defaults that JSON does not know."""
+
+    classes: int
+    activation: Any = nn.relu
+    dtype: Any = jnp.float32
+    widths: dict[str, int] = dataclasses.field(default_factory=lambda: {"hidden": 8})
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Dense(self.widths["hidden"], dtype=self.dtype)(x.reshape(x.shape[0], -1))
+        return nn.Dense(self.classes)(self.activation(x))
 
 
 def config(model: str, **sections: Any) -> dict[str, Any]:
@@ -52,3 +70,9 @@ def means(packed: np.ndarray, names: list[str]) -> dict[str, np.ndarray]:
 def bits(tree: Any) -> list[bytes]:
     """The bytes of each leaf."""
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(jax.device_get(tree))]
+
+
+def evaluate(job: Job, state: TrainState) -> tuple[dict[str, float], float]:
+    """(metrics, the weight that counted) of the whole evaluation split."""
+    lowered, names = job.lower_eval()
+    return evaluation.evaluate(lowered.compile(), state.params, state.extra, job.test.evaluation(), names)

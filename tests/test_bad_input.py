@@ -199,10 +199,10 @@ REFUSED = {
     "rule that does not divide": (
         "mlp",
         ["sharding.rules=(('head/kernel',(None,'fsdp')),)", "mesh.fsdp=4"],
-        ["dimension 1 of 'params/head/kernel' is 10", "'fsdp'=4 does not divide"],
+        ["dimension 1 of 'head/kernel' is 10", "'fsdp'=4 does not divide"],
     ),
     "rule that matches nothing": (
-        "mlp", ["sharding.rules=(('haed/kernel',('fsdp',)),)"], ["'haed/kernel'", "no parameter", "params/head/kernel"]
+        "mlp", ["sharding.rules=(('haed/kernel',('fsdp',)),)"], ["'haed/kernel'", "no parameter", "head/kernel"]
     ),
     "no rule": ("mlp", ["sharding.rules=('x',)"], ["'x' is no rule", 'such as ("up/kernel"']),
     # names
@@ -359,7 +359,7 @@ def test_workdir_of_another_config(refused, shell, trained, tmp_path):
     assert (
         "checkpoint 3" in message and "can't be restored into this model" in message and "another --workdir" in message
     )
-    assert "params/hidden_0/kernel was (64, 8) float32, is (64, 16) float32" in message and "; and " in message
+    assert "hidden_0/kernel was (64, 8) float32, is (64, 16) float32" in message and "; and " in message
     message = refused(*OWN, "optim.name=sgd", "train.duration=4", "--allow_config_change", workdir=workdir)
     assert "can't be restored into this model and optimizer" in message
     assert (workdir / "config.json").read_bytes() == before

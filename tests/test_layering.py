@@ -22,6 +22,7 @@ LAYERS = (
     ("step", "data", "evaluate", "checkpoint", "writers"),
     ("sections",),
     ("job",),
+    ("resume",),
     ("loop",),
     ("perf", "verify", "inference"),
     ("cli",),

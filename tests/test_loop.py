@@ -59,24 +59,69 @@ def test_log_is_complete_and_evaluation_counts_every_example(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("polls", range(1, 14, 3))
-def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, polls):
-    """Whether the signal comes between dispatches or within an evaluation, and whatever the log window holds then."""
-    whole = fit(small_config(), tmp_path / "whole")
+RESUMED = {"train": {"patience": 9}, "data": {"eval_batch_size": 128}}  # two batches an evaluation
+
+
+def resumable_config():
+    config = small_config(data=RESUMED["data"])
+    config["train"] = {**config["train"], **RESUMED["train"]}
+    return config
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """(log, outcome, how often the run asked whether to stop)."""
+    asked = StopAfter(10**6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Stop", lambda: asked)
+        outcome = fit(resumable_config(), tmp_path_factory.mktemp("runs") / "whole")
+    return logged(tmp_path_factory.getbasetemp() / "runs0" / "whole"), outcome, 10**6 - asked.left
+
+
+@pytest.mark.parametrize("moment", [0, 1, 4, 0.5, 0.7, -4, -3, -2, -1])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninterrupted, moment):
+    """Whether the signal comes before the first step, between dispatches, or within an evaluation, the last one too."""
+    rows, whole, polls = uninterrupted
+    polls = int(moment * polls) if isinstance(moment, float) else moment % polls
     with monkeypatch.context() as patch:
         patch.setattr(loop, "Stop", lambda: StopAfter(polls))
-        stopped = fit(small_config(), tmp_path / "parts")
-    assert stopped.exit_code == 143 and not stopped.finished and stopped.step < 30
-    resumed = fit(small_config(), tmp_path / "parts")
+        stopped = fit(resumable_config(), tmp_path)
+    assert stopped.exit_code == 143 and not stopped.finished
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == stopped.step
+    resumed = fit(resumable_config(), tmp_path)
     assert small.bits(resumed.state) == small.bits(whole.state)
-    assert logged(tmp_path / "parts") == logged(tmp_path / "whole")
+    assert logged(tmp_path) == rows
+    assert (resumed.finished, resumed.metrics, resumed.exit_code) == (whole.finished, whole.metrics, 0)
+    best = min((row["eval/loss"], row["step"]) for row in rows if "eval/loss" in row)[1]
+    assert Checkpoints(tmp_path / "checkpoints", read_only=True).best() == best
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path):
+    fit(small_config(train=dict(duration=10, eval_every=5)), tmp_path)
+    longer = small_config(train=dict(duration=20, eval_every=5))
+    outcome = loop.fit(longer, tmp_path, allow_config_change=True, devices=jax.devices()[:1], stream=io.StringIO())
+    assert outcome.step == 20 and outcome.finished == "all steps made"
+    assert [row["step"] for row in logged(tmp_path) if "eval/loss" in row] == [5, 10, 15, 20]
+
+
+def test_a_module_with_any_default_trains_and_resumes(tmp_path):
+    """Functions, dtypes and factories are ordinary Flax fields; they are stored by name, the same in every process."""
+    config = small_config(train=dict(duration=4))
+    config["model"] = dict(name="small:Ordinary")
+    first = fit(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["config"]
+    assert first.step == 4 and "0x" not in json.dumps(stored)
+    assert stored["model.dtype"] == "jax.numpy:float32"
+    assert fit(config, tmp_path).finished == "all steps made"
 
 
 def test_running_a_finished_run_again_changes_nothing(tmp_path):
     first = fit(small_config(), tmp_path)
     before = logged(tmp_path)
     again = fit(small_config(), tmp_path)
-    assert logged(tmp_path) == before and again.metrics == first.metrics and again.exit_code == 0
+    assert logged(tmp_path) == before
+    assert (again.metrics, again.finished, again.exit_code) == (first.metrics, first.finished, 0)
+    assert first.finished == "all steps made"
 
 
 def test_the_step_compiles_once(tmp_path):

@@ -246,3 +246,19 @@ def test_what_stays_whole_and_is_large_is_reported_with_the_rule_to_add():
     assert sharding.replicated_report(tree, limit=2**22) == []
     data = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(DATA)), shapes)
     assert sharding.replicated_report(data) == []  # a mesh that only splits data does not split parameters
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor", "muon"])
+def test_a_users_rule_holds_for_the_parameter_its_moments_and_its_average(optimizer):
+    """Its path is that of the parameter; a moment of another shape (Adafactor's) falls back."""
+    model = build("mlp", classes=8, hidden=(256,))
+    tx, _ = optim.make(optimizer, learning_rate=0.1, total_steps=10, average=0.9)
+    mesh = make_mesh(data=2, fsdp=4)
+    rules = (("hidden_0/kernel", ("fsdp", None)),)
+    _, abstract = state.init(model, tx, np.zeros((1, 128), np.float32), 0, mesh, rules)
+    same = {"params": abstract.params, "average": optim.parameters_average(abstract.opt_state, None)}
+    for tree in same.values():
+        assert tree["hidden_0"]["kernel"].sharding.spec == P("fsdp", None)
+    for keys, x in jax.tree.leaves_with_path(abstract.opt_state):
+        if "hidden_0/kernel" in jax.tree_util.keystr(keys, simple=True, separator="/") and x.shape == (128, 256):
+            assert x.sharding.spec == P("fsdp", None)

@@ -31,7 +31,8 @@ def choose(placement: Placement, nbytes: int, mesh: Mesh) -> tuple[bool, str]:
     """Whether `nbytes` of data live on the device, and why, in words for the log."""
     if placement != "auto":
         return placement == "device", f"data on the {placement}, as the config says"
-    stats = mesh.devices.flat[0].memory_stats() if mesh.devices.flat[0].platform != "cpu" else None
+    device = mesh.local_devices[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
     limit = min(RESIDENT_BYTES, RESIDENT_SHARE * (stats or {}).get("bytes_limit", RESIDENT_BYTES / RESIDENT_SHARE))
     fits = nbytes <= limit
     relation = "within" if fits else "over"
@@ -142,7 +143,7 @@ class Feed:
                 yield from piece
 
     def _number(self, value: int) -> jax.Array:
-        return jax.device_put(np.int32(value), sharding.replicated(self.mesh))
+        return _everywhere(np.asarray(value, np.int32), self.mesh)
 
     @functools.cached_property
     def _count(self) -> Callable[[int], jax.Array]:
@@ -150,7 +151,7 @@ class Feed:
 
     def evaluation(self, ahead: int = 2) -> Generator[tuple[Any, Any]]:
         """(each, every) of one pass over the split, in order, the last batch padded with index -1."""
-        batches = range(-(-self.split.size // self.batch_size))
+        batches = range(order.eval_batches(self.batch_size, self.split.size))
         return _ahead(
             lambda i: (self.place(order.eval_index(i, self.batch_size, self.split.size)), self.every), batches, ahead
         )
@@ -170,7 +171,7 @@ def _pieces(stretches: Iterable[tuple[int, int]], rows: int) -> Iterator[list[tu
 
 def _everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
     where = sharding.replicated(mesh)
-    return jax.make_array_from_callback(array.shape, where, lambda part: np.ascontiguousarray(array[part]))
+    return jax.make_array_from_callback(array.shape, where, lambda part: np.asarray(array[part], order="C"))
 
 
 def _local(index: np.ndarray, where: jax.sharding.NamedSharding) -> np.ndarray:

@@ -16,8 +16,8 @@ from flaxmodels.registry import UserError
 DONE = 0
 BAD_INPUT = 2
 # As a shell reports a process that a signal ended: 128 + its number. The run was saved; the same command goes on.
-INTERRUPTED = 128 + 2
-TERMINATED = 128 + 15
+SIGNALLED = 128
+INTERRUPTED = SIGNALLED + 2
 _INTERRUPTED = "interrupted before there was anything to save"
 
 

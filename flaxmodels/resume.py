@@ -1,0 +1,113 @@
+"""What a resumed run finds: whose workdir it is, the newest state, and the few numbers that the log depends on."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flaxmodels.checkpoint import Checkpoints, versions
+from flaxmodels.data.order import ORDER_VERSION
+from flaxmodels.job import Job
+from flaxmodels.registry import UserError, storable
+from flaxmodels.state import TrainState
+
+# Keys that a resumed run may change: they decide when and where things happen, not what is computed.
+FREE_KEYS = (
+    "train.log_every", "train.eval_every", "train.patience", "train.steps_per_dispatch", "checkpoint.", "mesh.",
+    "sharding.", "data.placement", "data.eval_batch_size", "data.data_dir", "data.manual_dir",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a resumed run must know beside its arrays, saved as JSON in each checkpoint.
+
+    Attributes:
+      pending: sums and counts of training metrics since the last line of the log, float64.
+      evaluated: the last step that was evaluated.
+      best: the best value of the watched metric.
+      stale: evaluations since then.
+    """
+
+    pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    evaluated: int = 0
+    best: float | None = None
+    stale: int = 0
+
+
+def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved as JSON with each checkpoint."""
+    return {
+        "memory": dataclasses.asdict(memory),
+        "fingerprint": job.source.fingerprint,
+        "order": ORDER_VERSION,
+        "config": storable(resolved),
+    }
+
+
+def start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, Memory]:
+    """The newest checkpoint, or a fresh state.
+
+    Raises:
+      UserError: the newest step is beyond the end of the run, does not fit the model, or was trained on other data.
+    """
+    newest = checkpoints.latest()
+    if newest is None:
+        return job.fresh(), Memory()
+    if newest > job.total_steps:
+        raise UserError(
+            f"train.duration is {job.total_steps} steps, but the workdir is at step {newest} already: "
+            "choose a longer duration, or another --workdir."
+        )
+    state, found = checkpoints.restore(newest, job.abstract)
+    same_data(job, found)
+    known = {field.name for field in dataclasses.fields(Memory)}
+    return state, Memory(**{key: value for key, value in found["memory"].items() if key in known})
+
+
+def same_data(job: Job, found: Mapping[str, Any]) -> None:
+    """UserError unless a checkpoint's meta is of the same data, in the same order."""
+    if found["fingerprint"] != job.source.fingerprint:
+        raise UserError(
+            f"data {job.source.name!r} has fingerprint {job.source.fingerprint}, but the workdir was trained on "
+            f"{found['fingerprint']}: the content differs. Restore the data, or choose another --workdir."
+        )
+    if found["order"] != ORDER_VERSION:
+        raise UserError(
+            f"data order has version {ORDER_VERSION}, but the workdir was trained with version {found['order']}. "
+            "Resume with the flaxmodels of then (see config.json), or choose another --workdir."
+        )
+
+
+def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) -> None:
+    """Refuse a workdir of another config, unless that one never came to save a step.
+
+    Args:
+      workdir: of the run.
+      rows: of `sections.resolved`.
+      allowed: do not refuse.
+
+    Raises:
+      UserError: it lists the keys that differ.
+    """
+    file = workdir / "config.json"
+    if allowed or not file.exists() or not any(f.name.isdecimal() for f in (workdir / "checkpoints").glob("*")):
+        return
+    old, now = json.loads(file.read_text())["config"], {key: storable(value) for key, value, _ in rows}
+    # A default that did not exist when the run began is not a change.
+    keys = {*old, *(key for key, _, origin in rows if origin != "default")}
+    differ = [k for k in sorted(keys) if not k.startswith(FREE_KEYS) and old.get(k) != now.get(k)]
+    if differ:
+        changes = "; ".join(f"{k} was {old.get(k)!r}, is {now.get(k)!r}" for k in differ[:5])
+        raise UserError(
+            f"--workdir={str(workdir)!r} belongs to another config: {changes}. "
+            "Choose another --workdir, or resume all the same with --allow_config_change."
+        )
+
+
+def write_config(workdir: Path, resolved: Mapping[str, Any]) -> None:
+    """Write the config beside the checkpoints, with versions; whole or not at all."""
+    new = workdir / "config.tmp"
+    new.write_text(json.dumps({"config": storable(resolved), "versions": versions()}, indent=1) + "\n")
+    new.replace(workdir / "config.json")
