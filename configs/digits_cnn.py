@@ -2,7 +2,8 @@
 
     python train.py --config=configs/digits_cnn.py
 
-@@
+Measured on 2 cores of an AMD EPYC, CPU only: test accuracy 0.9909, mean of seeds 0 to 2 (0.9918, 0.9918, 0.9890), in
+3 s, and 8 s for the whole process.
 """
 
 from ml_collections import ConfigDict

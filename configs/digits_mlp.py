@@ -2,7 +2,8 @@
 
     python train.py --config=configs/digits_mlp.py
 
-@@
+Measured on 2 cores of an AMD EPYC, CPU only: test accuracy 0.9872, mean of seeds 0 to 2 (0.9835, 0.9918, 0.9863), in
+2 s, and 6 s for the whole process.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ def get_config() -> ConfigDict:
     config.train = dict(
         duration="30 epochs",
         eval_every="5 epochs",
-        log_every=50,  # steps
+        log_every=100,  # steps
         steps_per_dispatch=16,  # the step is so small that calling it is what costs
         metric="eval/accuracy",  # of the checkpoint that is kept as the best
         mode="max",
