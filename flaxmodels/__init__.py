@@ -1,4 +1,4 @@
-"""flaxmodels: train Flax models on accelerators, with one config from a laptop to a TPU pod.
+"""flaxmodels: train Flax models on accelerators, with one config and one compiled step over any mesh.
 
 The names a library user starts from; each is imported when it is first used, so `import flaxmodels` is cheap and
 `flaxmodels.models.transformer` brings in no data or checkpoint library.
