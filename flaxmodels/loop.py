@@ -1,8 +1,8 @@
 """The training loop: `fit` a config in a workdir.
 
-Read `fit`, then `Run.train`. A *step* is one optimizer update. A *dispatch* is one call of the compiled program, of one
-or several steps. The loop never waits for the device by accident: it reads the metrics of a dispatch when the next one
-has been submitted, which also bounds the dispatches in flight to two.
+Read `fit`; `Run` is what happens around its steps. A *step* is one optimizer update. A *dispatch* is one call of the
+compiled program, of one or several steps. The loop never waits for the device by accident: it reads the metrics of a
+dispatch when the next one has been submitted, which also bounds the dispatches in flight to two.
 
 The same command again resumes. What makes that exact: the state and its step (the position in the data, and all
 randomness), and `Memory`, the few host-side numbers that lines of the log depend on.
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -99,7 +99,14 @@ def fit(
                 for note in (*job.notes, f"workdir: {workdir}" + (f", resumed at step {start}" if start else "")):
                     writers.note(note)
                 writers.parameter_table(parameter_rows(job.abstract.params))
-                return Run(job, checkpoints, writers, stop, memory, resolved, evaluation).train(state)
+                run = Run(job, checkpoints, writers, stop, memory, resolved, evaluation)
+                step = run.begin(state)
+                with contextlib.closing(run.dispatches(step)) as dispatches:
+                    for program, step, feed in dispatches:
+                        with jax.transfer_guard("disallow"):
+                            state, packed = program(state, feed)
+                        run.after(state, step, packed)
+                return run.end(state, step)
 
 
 def _checkpoints(job: Job, workdir: Path, *, read_only: bool = False) -> Checkpoints:
@@ -166,7 +173,7 @@ def stretches(start: int, total: int, most: int, marks: Sequence[int]) -> Iterat
 
 
 class Run:
-    """One call of `fit` at work.
+    """What happens around the steps of one call of `fit`: logging, evaluation, saves, and when it is over.
 
     Args:
       job: what to train.
@@ -195,48 +202,60 @@ class Run:
         self.names: list[str] = []
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
-        self._watch = Stopwatch()
+        self._watch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
 
-    def train(self, state: TrainState) -> Outcome:
-        """From `state` to the end of the run, or to a signal."""
-        begun, step = time.monotonic(), int(state.step)
-        if step and self._evaluation_due(step):
+    def begin(self, state: TrainState) -> int:
+        """The step to go on from. Evaluates it where that is still to do, or all that there is to do."""
+        self._step = int(state.step)
+        if self._step and self._evaluation_due(self._step):
             # A signal came in this evaluation. The step is on disk without its result, which may make it the best.
-            self._evaluate(state, step, replace=True)
-        elif self._finished(step):
-            self.writers.note(f"finished at step {step} already ({self._finished(step)}): evaluating only")
+            self._evaluate(state, self._step, replace=True)
+        elif self._finished(self._step):
+            self.writers.note(f"finished at step {self._step} already: evaluating only")
             with contextlib.suppress(StoppedError):
                 self._measure(state)
-        if not (self.stop or self._finished(step)):
-            state, step = self._steps(state, step)
-        self._save(state, step)
-        return self._end(state, step, begun)
+        return self._step
 
-    def _steps(self, state: TrainState, step: int) -> tuple[TrainState, int]:
-        """Compile, and make steps from `step` on: (state, step) where that ended."""
+    def dispatches(self, step: int) -> Generator[tuple[Callable[..., Any], int, Any]]:
+        """From `step` on: (compiled program, the step it ends at, its feed), till the run is over or a signal comes."""
+        if self.stop or self._finished(step):
+            return
         job, begun = self.job, time.monotonic()
         lowered, self.names = job.lower_train()
         program = lowered.compile()
         self.writers.note(f"compiled in {time.monotonic() - begun:.1f} s")
         marks = (job.cadence.eval_every, self.checkpoints.every)
         plan = functools.partial(stretches, step, job.total_steps, job.cadence.steps_per_dispatch, marks)
-        feeds = job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)
         self._watch = Stopwatch()
-        with contextlib.closing(feeds):
+        with contextlib.closing(job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)) as feeds:
             for (first, count), feed in zip(plan(), feeds):
-                if self.stop or self._finished(step):
-                    break
-                with jax.transfer_guard("disallow"):
-                    state, packed = program(state, feed)
-                step = first + count
-                self._read()
-                self._unread = (first, count, packed)
-                self.writers.progress(step)
-                if self._evaluation_due(step):
-                    self._evaluate(state, step)
-                if self.checkpoints.due(step):
-                    self._save(state, step)
-        return state, step
+                if self.stop or self._finished(first):
+                    return
+                yield program, first + count, feed
+
+    def after(self, state: TrainState, step: int, packed: jax.Array) -> None:
+        """What is due after a dispatch that ended at `step`: read the one before, log, evaluate, save."""
+        self._read()
+        self._unread, self._step = (self._step, step - self._step, packed), step
+        self.writers.progress(step)
+        if self._evaluation_due(step):
+            self._evaluate(state, step)
+        if self.checkpoints.due(step):
+            self._save(state, step)
+
+    def end(self, state: TrainState, step: int) -> Outcome:
+        """Save, and say how it ended."""
+        self._save(state, step)
+        self.checkpoints.wait()  # what is said to be saved, is
+        finished, code = self._finished(step), exits.DONE
+        if finished:
+            self.writers.note(f"finished: {finished}")
+            self.writers.final(self.evaluation, time.monotonic() - self._begun)
+        elif self.stop.signal is not None:
+            code = exits.SIGNALLED + self.stop.signal
+            name, total = self.stop.signal.name, self.job.total_steps
+            self.writers.note(f"{name}: saved step {step} of {total}; the same command goes on from there")
+        return Outcome(state, step, dict(self.evaluation), finished, code)
 
     def _finished(self, step: int) -> str:
         """Why the run is over after `step`, or ""."""
@@ -304,15 +323,3 @@ class Run:
             watched = found if self.memory.evaluated == step and math.isfinite(found) else None
             details = resume.meta(self.job, self.memory, self.resolved)
             self.checkpoints.save(state, step, details, watched, replace=replace)
-
-    def _end(self, state: TrainState, step: int, begun: float) -> Outcome:
-        self.checkpoints.wait()  # what is said to be saved, is
-        finished, code = self._finished(step), exits.DONE
-        if finished:
-            self.writers.note(f"finished: {finished}")
-            self.writers.final(self.evaluation, time.monotonic() - begun)
-        elif self.stop.signal is not None:
-            code = exits.SIGNALLED + self.stop.signal
-            name, total = self.stop.signal.name, self.job.total_steps
-            self.writers.note(f"{name}: saved step {step} of {total}; the same command goes on from there")
-        return Outcome(state, step, dict(self.evaluation), finished, code)
