@@ -71,11 +71,11 @@ def resumable_config():
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """(log, outcome, how often the run asked whether to stop)."""
-    asked = StopAfter(10**6)
+    asked, workdir = StopAfter(10**6), tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "Stop", lambda: asked)
-        outcome = fit(resumable_config(), tmp_path_factory.mktemp("runs") / "whole")
-    return logged(tmp_path_factory.getbasetemp() / "runs0" / "whole"), outcome, 10**6 - asked.left
+        outcome = fit(resumable_config(), workdir)
+    return logged(workdir), outcome, 10**6 - asked.left
 
 
 @pytest.mark.parametrize("moment", [0, 1, 4, 0.5, 0.7, -4, -3, -2, -1])
