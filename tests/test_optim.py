@@ -176,7 +176,10 @@ def test_muon_takes_a_stack_of_layers_as_a_batch_of_matrices():
     stack = {"blocks": {"mlp": {"up": {"kernel": normal(3, 6, 8)}}}}
     gradients = [{"blocks": {"mlp": {"up": {"kernel": normal(3, 6, 8, seed=s)}}}} for s in (1, 2)]
     together = run(make("muon")[0], stack, gradients)[0][-1]["blocks"]["mlp"]["up"]["kernel"]
-    one = lambda tree, i: {"up": {"kernel": tree["blocks"]["mlp"]["up"]["kernel"][i]}}  # noqa: E731
+
+    def one(tree, i):
+        return {"up": {"kernel": tree["blocks"]["mlp"]["up"]["kernel"][i]}}
+
     for i in range(3):
         alone = run(make("muon")[0], one(stack, i), [one(g, i) for g in gradients])[0][-1]["up"]["kernel"]
         np.testing.assert_allclose(together[i], alone, atol=1e-5)
@@ -329,8 +332,11 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_state(name):
         assert not any(jax.tree.leaves(moved)) if key in frozen else all(jax.tree.leaves(moved))
     held = [optim.path_of(keys) for keys, x in jax.tree.leaves_with_path(state)]
     assert held and not [path for path in held if "embed" in path or "blocks" in path]
+
     # And the others move as if the frozen ones were not there.
-    rest = lambda tree: {k: v for k, v in tree.items() if k not in frozen}  # noqa: E731
+    def rest(tree):
+        return {k: v for k, v in tree.items() if k not in frozen}
+
     alone, _ = run(make(name, weight_decay=0.5)[0], rest(params), [rest(g) for g in gradients])
     same(rest(history[-1]), alone[-1], atol=1e-6)
 
