@@ -3,6 +3,7 @@
 `open_display` picks one of the two `Display`s; `writers.Writers` is the caller. Read `Pipe` first.
 """
 
+import abc
 import contextlib
 import errno
 import itertools
@@ -160,24 +161,24 @@ class SafeStream:
             os.close(sink)
 
 
-class Display:
+class Display(abc.ABC):
     """What a run shows, and how fast it goes: the part that a pipe and a terminal share."""
 
     def __init__(self, stream: SafeStream, total_steps: int, start_step: int, examples_per_step: int) -> None:
         self.stream, self.total_steps, self.examples_per_step = stream, total_steps, examples_per_step
         self.meter = Meter(start_step)
 
+    @abc.abstractmethod
     def line(self, text: str) -> None:
         """Print one permanent line."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def table(self, title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str]) -> None:
         """Print a table; columns of numbers are aligned to the right. `total` is its last row, or empty."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def row(self, step: int, values: Values) -> None:
         """Show what was measured at `step`."""
-        raise NotImplementedError
 
     def progress(self, step: int, values: Values | None) -> None:
         """`step` was dispatched."""

@@ -4,10 +4,8 @@ import dataclasses
 import math
 import re
 
-from flaxmodels.registry import UserError
+from flaxmodels.registry import LONGEST, UserError
 
-# A step is a 32-bit counter in the train state; a run of more steps than this can't be meant.
-LONGEST = 2**31 - 1
 UNITS = ("steps", "epochs", "examples", "tokens", "%")
 
 

@@ -1,7 +1,8 @@
 """Losses: (outputs, batch) -> {"loss": (sum, count), "accuracy": (sum, count), ...}.
 
 The only place of numerics that turn outputs into numbers. Everything is computed in float32. `batch["weights"]` has
-the shape of the targets it weighs; a weight of 0 takes an element out of sums and counts, and out of the gradient.
+the shape of the targets it weighs; a weight of 0 takes an element out of sums and counts, and, where its outputs are
+finite, out of the gradient.
 """
 
 from collections.abc import Callable, Mapping

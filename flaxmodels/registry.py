@@ -41,7 +41,8 @@ Fraction = typing.Annotated[float, Range(0, 1)]
 Signed = typing.Annotated[float, Range(-math.inf)]
 # A number of optimizer steps. A config may also say "5 epochs", "2e6 tokens", "10%": see durations.py.
 # Its upper end is that of the step counter in the train state, 32 bits: a longer run can't be meant.
-Steps = typing.Annotated[int, Range(0, 2**31 - 1), "duration"]
+LONGEST = 2**31 - 1
+Steps = typing.Annotated[int, Range(0, LONGEST), "duration"]
 Seed = typing.Annotated[int, Range(0, 2**32 - 1)]
 MOST_NAMES = 24
 

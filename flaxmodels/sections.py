@@ -12,7 +12,7 @@ from flaxmodels import data, losses, models, optim, registry, sharding
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.feed import Placement
 from flaxmodels.durations import parse
-from flaxmodels.registry import Range, Seed, Steps, UserError
+from flaxmodels.registry import LONGEST, Range, Seed, Steps, UserError
 
 Convert = Callable[[str, str], Any]
 BatchSize = Annotated[int, Range(1, 2**24)]  # what is above is a slip of the keyboard, and no machine's memory
@@ -34,7 +34,7 @@ class Cadence:
     """
 
     duration: Steps
-    log_every: Annotated[int, Range(1, 2**31 - 1), "duration"] = 100
+    log_every: Annotated[int, Range(1, LONGEST), "duration"] = 100
     eval_every: Steps = 0
     steps_per_dispatch: Annotated[int, Range(1, 10_000)] = 1
     metric: str = "eval/loss"

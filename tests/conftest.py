@@ -18,7 +18,6 @@ import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,14 +30,6 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
     yield
     os.environ.pop("TFDS_DATA_DIR") if old is None else os.environ.update(TFDS_DATA_DIR=old)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real data, beside the repository; a test that needs it skips where it is absent."""
-    if not SHARED.is_dir():
-        pytest.skip(f"real data is not there: expected {SHARED}")
-    return SHARED
 
 
 @pytest.fixture(scope="session")

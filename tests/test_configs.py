@@ -6,7 +6,8 @@ import re
 
 import jax
 import pytest
-from conftest import ROOT, SHARED
+from conftest import ROOT
+from shared_data import shared_data
 
 from flaxmodels import loop, sections
 from flaxmodels.config import load_config
@@ -40,8 +41,6 @@ def test_trains_for_two_steps(name, tmp_path):
         config.train.update(duration=2, log_every=1, eval_every=0)
         config.optim.warmup = 0
         if name in REAL:
-            config.data.manual_dir = str(SHARED / REAL[name])
-    if name in REAL and not SHARED.is_dir():
-        pytest.skip(f"real data is not there: expected {SHARED}")
+            config.data.manual_dir = str(shared_data(REAL[name]))
     outcome = loop.fit(config, tmp_path, devices=jax.devices()[:1], stream=io.StringIO())
     assert outcome.step == 2 and outcome.finished and outcome.metrics["eval/loss"] > 0
