@@ -184,6 +184,7 @@ class Display(abc.ABC):
         """`step` was dispatched."""
         self.meter.tick(step)
 
+    @abc.abstractmethod
     def close(self, keep: bool = True) -> None:
         """Stop what moves; `keep` leaves its last state on the screen."""
 
@@ -222,6 +223,9 @@ class Pipe(Display):
     def row(self, step: int, values: Values) -> None:
         """Print one line: `step 200/450  train/loss 0.1234  ...  eta 3s`."""
         self.line("  ".join(f"{name} {value}" for name, value in self.cells(step, values)).rstrip())
+
+    def close(self, keep: bool = True) -> None:
+        """Nothing moves in a pipe."""
 
 
 class _LiveLine(Live):
