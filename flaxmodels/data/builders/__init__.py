@@ -30,15 +30,36 @@ class Recipe:
       name: the builder's TFDS name, in lower case: a folder in data_dir.
       version: the builder's TFDS version: a folder within that.
       module: where the class `Builder` is.
+      labels: names of the classes; () where examples have none.
     """
 
     name: str
     version: str
     module: str
+    labels: tuple[str, ...] = ()
 
 
-DIGITS = Recipe("flaxmodels_digits", "1.0.0", "flaxmodels.data.builders.digits")
-MNIST = Recipe("flaxmodels_mnist", "1.0.0", "flaxmodels.data.builders.mnist")
+_TEN = tuple("0123456789")
+DIGITS = Recipe("flaxmodels_digits", "1.0.0", "flaxmodels.data.builders.digits", _TEN)
+MNIST = Recipe("flaxmodels_mnist", "1.0.0", "flaxmodels.data.builders.mnist", _TEN)
+FASHION_MNIST = Recipe(
+    "flaxmodels_fashion_mnist",
+    "1.0.0",
+    "flaxmodels.data.builders.fashion_mnist",
+    ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+)
+KMNIST = Recipe(
+    "flaxmodels_kmnist",
+    "1.0.0",
+    "flaxmodels.data.builders.kmnist",
+    ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+)
+CIFAR10 = Recipe(
+    "flaxmodels_cifar10",
+    "1.0.0",
+    "flaxmodels.data.builders.cifar10",
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
 TINY_SHAKESPEARE = Recipe("flaxmodels_tiny_shakespeare", "1.0.0", "flaxmodels.data.builders.tiny_shakespeare")
 
 
@@ -70,13 +91,13 @@ def prepare(recipe: Recipe, root: Path, manual_dir: str | None) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces itself with print
             builder.download_and_prepare(download_config=config)
     except tfds.core.download.download_manager.NonMatchingChecksumError as error:
-        raise UserError(_wrong_checksum(str(error))) from error
+        raise UserError(wrong_checksum(str(error))) from error
     except (tfds.core.download.util.DownloadError, OSError) as error:
-        raise UserError(f"{recipe.name} could not be prepared in {root}: {error}\n{_remedy(archives)}") from error
+        raise UserError(f"{recipe.name} could not be prepared in {root}: {error}\n{remedy(archives)}") from error
     return builder
 
 
-def _remedy(archives: dict[str, Any]) -> str:
+def remedy(archives: dict[str, Any]) -> str:
     """What to do without these archives; URL -> TFDS's UrlInfo (size, checksum, filename)."""
     if not archives:
         return "Is there room on the disk?"
@@ -89,21 +110,21 @@ def _check_present(recipe: Recipe, archives: dict[str, Any], root: Path, folder:
     if folder is not None:
         _check_manual(archives, folder)
         return
-    missing = {url: info for url, info in archives.items() if not _is_cached(recipe, url, info, root / "downloads")}
+    missing = {url: info for url, info in archives.items() if not is_cached(recipe, url, info, root / "downloads")}
     if missing and (reason := unreachable(next(iter(missing)))):
-        raise UserError(f"{recipe.name} is not in {root}, and can't be downloaded: {reason}.\n{_remedy(archives)}")
+        raise UserError(f"{recipe.name} is not in {root}, and can't be downloaded: {reason}.\n{remedy(archives)}")
 
 
 def _check_manual(archives: dict[str, Any], folder: Path) -> None:
     if not folder.is_dir():
-        raise UserError(f"data.manual_dir={str(folder)!r} is not a folder.\n{_remedy(archives)}")
+        raise UserError(f"data.manual_dir={str(folder)!r} is not a folder.\n{remedy(archives)}")
     missing = {url: info for url, info in archives.items() if not (folder / info.filename).is_file()}
     if missing:
         names = ", ".join(info.filename for info in missing.values())
-        raise UserError(f"data.manual_dir={str(folder)!r} lacks {names}.\n{_remedy(missing)}")
+        raise UserError(f"data.manual_dir={str(folder)!r} lacks {names}.\n{remedy(missing)}")
 
 
-def _is_cached(recipe: Recipe, url: str, info: Any, downloads: Path) -> bool:
+def is_cached(recipe: Recipe, url: str, info: Any, downloads: Path) -> bool:
     """Whether TFDS will find an archive without a download; a cached file that is damaged is refused here.
 
     TFDS trusts its download cache by name and does not hash what lies there.
@@ -122,7 +143,7 @@ def _is_cached(recipe: Recipe, url: str, info: Any, downloads: Path) -> bool:
     return False
 
 
-def _wrong_checksum(message: str) -> str:
+def wrong_checksum(message: str) -> str:
     """TFDS's message about a wrong checksum, shorter."""
     file = re.search(r"Artifact (\S+), downloaded to (.+), has wrong checksum", message)
     sums = re.findall(r"checksum='(\w+)'", message)
