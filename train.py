@@ -18,6 +18,7 @@ def main(argv: list[str]) -> int:
         flags.config,
         flags.workdir,
         allow_config_change=flags.arguments.allow_config_change,
+        allow_data_change=flags.arguments.allow_data_change,
     ).exit_code
 
 

@@ -1,5 +1,6 @@
 """The command line: `flaxmodels VERB --config=FILE [--workdir=DIR] [--config.KEY=VALUE ...]`."""
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ def train(argv: Sequence[str]) -> int:
         from flaxmodels import loop
 
     flags = config.parse(config.train_parser("flaxmodels train"), argv)
-    allowed = flags.arguments.allow_config_change
-    return loop.fit(flags.config, flags.workdir, allow_config_change=allowed).exit_code
+    allowed = {key: getattr(flags.arguments, key) for key in ("allow_config_change", "allow_data_change")}
+    return loop.fit(flags.config, flags.workdir, **allowed).exit_code
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -48,7 +49,71 @@ def show(argv: Sequence[str]) -> int:
     return exits.DONE
 
 
-VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {"train": train, "eval": evaluate, "config": show}
+def batch(argv: Sequence[str]) -> int:
+    """Show any past or future batch: images as a labelled grid, text with its boundaries and masks."""
+    with exits.importing():
+        from flaxmodels import job, looking
+
+    parser = config.parser("flaxmodels batch", "Show any past or future batch as the step sees it.")
+    parser.add_argument("--step", type=_number, default=0, help="train: steps made before it; test: its number (0)")
+    parser.add_argument("--split", choices=("train", "test"), default="train", help="which split (default: train)")
+    parser.add_argument("--examples", type=_number, help="how many to show (default: 64 images, 8 texts)")
+    parser.add_argument("--to", type=Path, help="PNG for images (default: WORKDIR/batch_SPLIT_STEP.png)")
+    flags = config.parse(parser, argv)
+    asked = flags.arguments
+    to = asked.to or flags.workdir / f"batch_{asked.split}_{asked.step}.png"
+    for line in looking.write_batch(job.assemble(flags.config), asked.step, asked.split, to, asked.examples):
+        print(line)
+    return exits.DONE
+
+
+def show_data(argv: Sequence[str]) -> int:
+    """Print what a data set is made of: splits, class balance, lengths, identity, speed."""
+    with exits.importing():
+        from flaxmodels import job, looking
+
+    parser = config.parser("flaxmodels data", "Print splits, class balance, lengths, identity and speed.")
+    parser.add_argument("--verify", action="store_true", help="read every example once, and name what is damaged")
+    flags = config.parse(parser, argv)
+    assembled = job.assemble(flags.config)
+    for line in looking.verify(assembled) if flags.arguments.verify else looking.summary(assembled):
+        print(line)
+    return exits.DONE
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Turn the text of a config into tokens on disk, once; the same command again goes on where it stopped."""
+    with exits.importing():
+        from flaxmodels import sections
+        from flaxmodels.data import preparing
+
+    parser = config.parser("flaxmodels prepare", "Turn the text of a config into tokens on disk, once.")
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="the folder to write")
+    flags = config.parse(parser, argv)
+    checked = sections.check(flags.config, lambda text, where: text)
+    _, options = sections.split_data(checked["data"])
+    name = options.pop("name")
+    preparing.prepare_source(name, options, flags.arguments.to, sys.stdout)
+    kept = {key: value for key, value in checked["data"].items() if key in ("length", "windows", "batch_size")}
+    said = "".join(f", {key}={value!r}" for key, value in kept.items())
+    print(f'to train on it: config.data = dict(name="tokens", path={str(flags.arguments.to)!r}{said})')
+    return exits.DONE
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: expected an integer from 0 on")
+    return int(text)
+
+
+VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "eval": evaluate,
+    "config": show,
+    "batch": batch,
+    "data": show_data,
+    "prepare": prepare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

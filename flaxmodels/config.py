@@ -61,6 +61,7 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     """The flags of training."""
     flags = parser(prog, "Train a config; the same command again resumes.")
     flags.add_argument("--allow_config_change", action="store_true", help="resume although the config differs")
+    flags.add_argument("--allow_data_change", action="store_true", help="resume although the data differ")
     return flags
 
 

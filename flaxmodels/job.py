@@ -16,7 +16,9 @@ import optax
 from jax.sharding import Mesh
 
 from flaxmodels import data, losses, metrics, models, optim, registry, sections, sharding, state, step
+from flaxmodels.data import augment, host_augment
 from flaxmodels.data.feed import Feed, choose
+from flaxmodels.data.order import ORDER_VERSION
 from flaxmodels.data.split import Source
 from flaxmodels.durations import Clock, parse
 from flaxmodels.registry import UserError
@@ -38,6 +40,7 @@ class Job:
       mesh: over which all of it lies.
       train: the feed of the training split.
       test: the feed of the evaluation split.
+      augment: (batch, index, step) -> batch, of training.
       cadence: when things happen; its duration is the number of steps of the run.
       checkpoint: options of `Checkpoints`.
       fresh: () -> a new state, born sharded.
@@ -54,6 +57,7 @@ class Job:
     mesh: Mesh
     train: Feed
     test: Feed
+    augment: Callable[..., Any]
     cadence: Cadence
     checkpoint: dict[str, Any]
     fresh: Callable[[], TrainState]
@@ -70,17 +74,36 @@ class Job:
         """Steps of the run."""
         return self.cadence.duration
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the batches of a run follow from, by name, ready for JSON."""
+        options, source = self.config["data"], self.source
+        return {
+            "source": source.name,
+            "content": source.fingerprint,
+            "examples": source.train.size,
+            "test examples": source.test.size,
+            "transforms": registry.storable(source.transforms),
+            "tokenizer": source.tokenizer and source.tokenizer.fingerprint,
+            "augment": registry.storable(options.get("augment", ())),
+            "host_augment": registry.storable(options.get("host_augment", ())),
+            "global batch": self.train.batch_size,
+            "seed": self.seed,
+            "order version": ORDER_VERSION,
+        }
+
     def lower_train(self) -> tuple[jax.stages.Lowered, list[str]]:
         """The train step, lowered, donating its state; and the names of the packed metrics it returns.
 
         The program is (state, feed of `step.repeated`) -> (state, (steps of a dispatch, names, 2) float32).
         """
         gradient = step.make_gradient(step.make_apply(self.model), self.losses[0])
+        gradient = step.accumulated(gradient, self.cadence.microbatches)
         update = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
         names: list[str] = []
 
         def packed(state: TrainState, item: tuple[Any, Any]) -> tuple[TrainState, jax.Array]:
-            state, found = update(state, self.train.batch(*item))
+            state, found = update(state, self.augment(self.train.batch(*item), item[0]["index"], state.step))
             names[:] = sorted(found)
             return state, metrics.pack(found)
 
@@ -132,11 +155,11 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     clock = Clock(batching["batch_size"], source.train.size, source.tokens_per_example)
     checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
     cadence = Cadence(**checked["train"])
+    _check_microbatches(mesh, batching["batch_size"], cadence.microbatches)
     model = models.build(**_fill(checked["model"], source))
     tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
-    resident, placed = choose(batching["placement"], source.nbytes, mesh)
-    train = Feed(source.train, mesh, batching["batch_size"], resident=resident)
-    test = Feed(source.test, mesh, batching["eval_batch_size"], resident=resident)
+    source, train, test, placed = _feeds(source, mesh, batching)
+    augmented = augment.make(batching["augment"], seed=written["seed"], facts=source.facts)
     rules = sections.rules(**checked["sharding"])
     with bad_fit():
         fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
@@ -145,6 +168,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     whole = sharding.replicated_report(abstract.params)
     return Job(
         config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
+        augment=augmented,
         losses=losses.make(**checked["loss"], **_token_bytes(checked["loss"], source)), cadence=cadence,
         checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
         notes=(f"mesh: {sharding.describe(mesh)}", placed, *whole),
@@ -166,6 +190,28 @@ def bad_fit() -> Iterator[None]:
         if isinstance(error, UserError) or section is None:
             raise
         raise UserError(f"{section}: {error}\nCheck that {section}.name and its options fit data.name.") from error
+
+
+def _feeds(source: Source, mesh: Mesh, batching: Mapping[str, Any]) -> tuple[Source, Feed, Feed, str]:
+    """The source, read into memory where that is its place; the feeds of its splits; and a line for the log."""
+    loading, functions = batching["loading"], host_augment.make(batching["host_augment"])
+    asked = {"data.host_augment": functions, f"data.workers={loading.workers}": loading.workers}
+    on_host = next((name for name, value in asked.items() if value), "")
+    placed, why = choose(batching["placement"], source, mesh, on_host=on_host)
+    if placed != "disk":
+        source = dataclasses.replace(source, train=source.train.read(), test=source.test.read())
+    feed = partial(Feed, mesh=mesh, resident=placed == "device", loading=loading)
+    train = feed(source.train, batch_size=batching["batch_size"], functions=functions)
+    test = feed(source.test, batch_size=batching["eval_batch_size"])
+    return source, train, test, why
+
+
+def _check_microbatches(mesh: Mesh, batch_size: int, microbatches: int) -> None:
+    if batch_size % microbatches:
+        raise UserError(
+            f"train.microbatches={microbatches} does not divide data.batch_size={batch_size}: choose one that does."
+        )
+    sharding.check_batch(mesh, batch_size // microbatches, "data.batch_size / train.microbatches")
 
 
 def _total(written: Mapping[str, Any], clock: Clock) -> int:

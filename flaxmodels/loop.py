@@ -57,6 +57,7 @@ def fit(
     workdir: str | Path,
     *,
     allow_config_change: bool = False,
+    allow_data_change: bool = False,
     devices: Sequence[jax.Device] | None = None,
     stream: TextIO | None = None,
 ) -> Outcome:
@@ -66,6 +67,7 @@ def fit(
       config: sections "model", "loss", "optim", "data", "mesh", "sharding", "train", "checkpoint", and "seed".
       workdir: everything is written here.
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
+      allow_data_change: resume although the data are not those that the workdir was trained on.
       devices: to train on; None takes all that there are.
       stream: where to print; None is standard output.
 
@@ -86,7 +88,7 @@ def fit(
         evaluation = _evaluation(job)
         # From here on there may be something to save; before, a signal simply ends the process.
         with Stop() as stop, contextlib.closing(_checkpoints(job, workdir)) as checkpoints:
-            state, memory = resume.start(job, checkpoints)
+            state, memory = resume.start(job, checkpoints, allow_data_change=allow_data_change)
             start = int(state.step)
             resume.write_config(workdir, resolved)
             with Writers(
@@ -139,7 +141,7 @@ def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> t
             known = [*named, *map(str, steps)]
             raise UserError(f"--step={which!r} is not in {str(folder)!r}. {registry.suggest(which, known)}")
         state, found = checkpoints.restore(step, job.abstract)
-    resume.same_data(job, found)
+    resume.same_data(job, found, resume.EVALUATED)
     lowered, names = job.lower_eval()
     params = optim.parameters_average(state.opt_state, state.params)
     return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)
@@ -203,6 +205,7 @@ class Run:
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
         self._watch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
+        self._waited, self._unreadable = 0.0, 0
 
     def begin(self, state: TrainState) -> int:
         """The step to go on from. Evaluates it where that is still to do, or all that there is to do."""
@@ -228,10 +231,20 @@ class Run:
         plan = functools.partial(stretches, step, job.total_steps, job.cadence.steps_per_dispatch, marks)
         self._watch = Stopwatch()
         with contextlib.closing(job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)) as feeds:
-            for (first, count), feed in zip(plan(), feeds):
+            for (first, count), feed in zip(plan(), self._timed(feeds)):
                 if self.stop or self._finished(first):
                     return
                 yield program, first + count, feed
+
+    def _timed(self, feeds: Iterator[Any]) -> Iterator[Any]:
+        """`feeds`, counting the seconds that the loop waits for them."""
+        while True:
+            begun = time.monotonic()
+            feed = next(feeds, None)
+            self._waited += time.monotonic() - begun
+            if feed is None:
+                return
+            yield feed
 
     def after(self, state: TrainState, step: int, packed: jax.Array) -> None:
         """What is due after a dispatch that ended at `step`: read the one before, log, evaluate, save."""
@@ -248,9 +261,12 @@ class Run:
         self._save(state, step)
         self.checkpoints.wait()  # what is said to be saved, is
         finished, code = self._finished(step), exits.DONE
+        seconds = time.monotonic() - self._begun
+        self._warn_of_unreadable()
         if finished:
             self.writers.note(f"finished: {finished}")
-            self.writers.final(self.evaluation, time.monotonic() - self._begun)
+            self.writers.note(f"waited for data: {self._waited:.2f} s of {seconds:.1f} s, {self._waited / seconds:.1%}")
+            self.writers.final(self.evaluation, seconds)
         elif self.stop.signal is not None:
             code = exits.SIGNALLED + self.stop.signal
             name, total = self.stop.signal.name, self.job.total_steps
@@ -284,8 +300,15 @@ class Run:
         means = metrics.means({name: (pair[0], pair[1]) for name, pair in self.memory.pending.items()})
         self.memory.pending = {}
         self.checkpoints.check()
+        self._warn_of_unreadable()
         speed = self._watch.lap() * self.job.train.batch_size
         self.writers.write(step, {f"train/{k}": v for k, v in means.items()} | {"perf/examples_per_second": speed})
+
+    def _warn_of_unreadable(self) -> None:
+        found = self.job.train.skipped + self.job.test.skipped
+        if found > self._unreadable:
+            self._unreadable = found
+            self.writers.note(f"warning: examples could not be read, and were left out: {found} so far")
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.job.cadence.eval_every

@@ -30,11 +30,12 @@ def softmax_cross_entropy(
     top_k: Positive = 5,
     token_bytes: tuple[int, ...] | None = None,
 ) -> Metrics:
-    """Cross-entropy of logits with integer targets, in nats; one target an example, or one a token.
+    """Cross-entropy of logits with class numbers or probabilities, in nats; one target an example, or one a token.
 
     Args:
       outputs: logits (..., classes), any float dtype.
-      batch: {"targets": (...) int, "weights": (...)}.
+      batch: {"targets": (...) int, or (..., classes) float, the probabilities of the classes, as mixup makes them;
+        "weights": (...)}. To "accuracy" and "top_k" the most probable class is the target, of equal ones the first.
       label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
       z_loss: weight of log(Z)^2, which keeps logits from drifting (Chowdhery et al. 2022, arXiv:2204.02311, sec. 5).
       metrics: what to report beside the loss. "perplexity" and "bits_per_byte" leave out smoothing and z-loss.
@@ -45,23 +46,27 @@ def softmax_cross_entropy(
       (sum, count) of "loss" and of each of `metrics`.
 
     Raises:
-      ValueError: targets do not have the shape of outputs without their last axis, or weights not that of targets.
-      UserError: "bits_per_byte" without `token_bytes`, or `top_k` over the number of classes.
+      ValueError: integer targets do not have the shape of outputs without their last axis, float ones not that of
+        outputs, or weights not the former.
+      UserError: "bits_per_byte" without `token_bytes` or of float targets, or `top_k` over the number of classes.
     """
     logits, targets, weights = outputs.astype(jnp.float32), batch["targets"], batch["weights"]
-    if logits.shape[:-1] != targets.shape:  # broadcasting here would be silent nonsense
+    soft = jnp.issubdtype(targets.dtype, jnp.floating)
+    expected = logits.shape if soft else logits.shape[:-1]
+    if targets.shape != expected:  # broadcasting here would be silent nonsense
         raise ValueError(
-            f"outputs have shape {logits.shape}, targets {targets.shape}: expected {logits.shape[:-1]} for the targets."
+            f"outputs have shape {logits.shape}, targets {targets.shape}: "
+            f"expected {expected} for the targets, of {targets.dtype}."
         )
     classes = logits.shape[-1]
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of an index: its gradient is no scatter, and logits sharded over classes stay sharded.
     # Both int32: the ids of 300 classes do not fit into targets of uint8.
     ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    wanted = targets[..., None].astype(jnp.int32)
+    wanted = (jnp.argmax(targets, axis=-1) if soft else targets)[..., None].astype(jnp.int32)
     hit = ids == wanted
     target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
-    nll = log_z - target_logit
+    nll = _cross_entropy(logits, log_z, targets) if soft else log_z - target_logit
     loss = nll
     if label_smoothing:  # times 0 would be NaN where a model masks a class by a logit of minus infinity
         loss = (1 - label_smoothing) * nll + label_smoothing * (log_z - jnp.mean(logits, axis=-1))
@@ -76,6 +81,8 @@ def softmax_cross_entropy(
         raise registry.UserError(f"loss.top_k={top_k} is over the {classes} classes of the outputs.")
     if "bits_per_byte" in metrics and token_bytes is None:
         raise registry.UserError("loss.metrics has 'bits_per_byte', but this data is not text: leave it out.")
+    if "bits_per_byte" in metrics and soft:
+        raise registry.UserError("loss.metrics has 'bits_per_byte', but the targets are probabilities: leave it out.")
     found = {"loss": weighted(loss, weights)}
     for name in metrics:
         found[name] = {
@@ -85,6 +92,12 @@ def softmax_cross_entropy(
             "bits_per_byte": lambda: _per_byte(nll, targets, weights, token_bytes),
         }[name]()
     return found
+
+
+def _cross_entropy(logits: jax.Array, log_z: jax.Array, targets: jax.Array) -> jax.Array:
+    """-sum of p log q over the classes. A class of probability 0 has no part, also where its logit is not finite."""
+    p = targets.astype(jnp.float32)
+    return -jnp.sum(jnp.where(p == 0, 0.0, p * (logits - log_z[..., None])), axis=-1)
 
 
 def _per_byte(nll: jax.Array, targets: jax.Array, weights: jax.Array, token_bytes: Any) -> tuple[jax.Array, jax.Array]:

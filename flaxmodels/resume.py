@@ -2,21 +2,23 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxmodels.checkpoint import Checkpoints, versions
-from flaxmodels.data.order import ORDER_VERSION
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
 from flaxmodels.state import TrainState
 
-# Keys that a resumed run may change: they decide when and where things happen, not what is computed.
+# Keys that a resumed run may change: they decide when and where things happen, not what is computed. What changes the
+# data is not found by the keys of its section, but by its content (`same_data`).
 FREE_KEYS = (
     "train.log_every", "train.eval_every", "train.patience", "train.steps_per_dispatch", "checkpoint.", "mesh.",
-    "sharding.", "data.placement", "data.eval_batch_size", "data.data_dir", "data.manual_dir",
+    "sharding.", "data.",
 )  # fmt: skip
+# Fields of `Job.identity` that decide what an evaluation sees.
+EVALUATED = ("source", "content", "test examples", "transforms", "tokenizer")
 
 
 @dataclasses.dataclass
@@ -40,13 +42,12 @@ def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any
     """What is saved as JSON with each checkpoint."""
     return {
         "memory": dataclasses.asdict(memory),
-        "fingerprint": job.source.fingerprint,
-        "order": ORDER_VERSION,
+        "data": job.identity,
         "config": storable(resolved),
     }
 
 
-def start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, Memory]:
+def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False) -> tuple[TrainState, Memory]:
     """The newest checkpoint, or a fresh state.
 
     Raises:
@@ -61,22 +62,27 @@ def start(job: Job, checkpoints: Checkpoints) -> tuple[TrainState, Memory]:
             "choose a longer duration, or another --workdir."
         )
     state, found = checkpoints.restore(newest, job.abstract)
-    same_data(job, found)
+    if not allow_data_change:
+        same_data(job, found)
     known = {field.name for field in dataclasses.fields(Memory)}
     return state, Memory(**{key: value for key, value in found["memory"].items() if key in known})
 
 
-def same_data(job: Job, found: Mapping[str, Any]) -> None:
-    """UserError unless a checkpoint's meta is of the same data, in the same order."""
-    if found["fingerprint"] != job.source.fingerprint:
+def same_data(job: Job, found: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
+    """UserError, which names the fields that differ, unless a checkpoint's meta is of the same data.
+
+    Args:
+      job: of the config.
+      found: the meta.
+      fields: of `Job.identity` to compare; () compares all.
+    """
+    old, now = found.get("data", {}), job.identity
+    differ = [name for name in fields or now if old.get(name) != now[name]]
+    if differ:
+        changes = "; ".join(f"{name} was {old.get(name)!r}, is {now[name]!r}" for name in differ)
         raise UserError(
-            f"data {job.source.name!r} has fingerprint {job.source.fingerprint}, but the workdir was trained on "
-            f"{found['fingerprint']}: the content differs. Restore the data, or choose another --workdir."
-        )
-    if found["order"] != ORDER_VERSION:
-        raise UserError(
-            f"data order has version {ORDER_VERSION}, but the workdir was trained with version {found['order']}. "
-            "Resume with the flaxmodels of then (see config.json), or choose another --workdir."
+            f"data {job.source.name!r} is not what the workdir was trained on: {changes}. "
+            "Restore the data, choose another --workdir, or go on with these from here with --allow_data_change."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from flaxmodels import data, losses, models, optim, registry, sharding
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.feed import Placement
+from flaxmodels.data.loading import Loading
 from flaxmodels.durations import parse
 from flaxmodels.registry import LONGEST, Range, Seed, Steps, UserError
 
@@ -30,6 +31,8 @@ class Cadence:
         Pays for small models; not for convolutions on a CPU.
       metric: what "best" and early stopping look at.
       mode: whether more or less of it is better.
+      microbatches: parts of a global batch whose gradients are computed one after the other and added up, so that a
+        batch may be larger than what memory holds; 1 computes it whole.
       patience: stop after so many evaluations without a better `metric`; 0 never does.
     """
 
@@ -40,21 +43,41 @@ class Cadence:
     metric: str = "eval/loss"
     mode: Literal["min", "max"] = "min"
     patience: int = 0
+    microbatches: Annotated[int, Range(1, 2**16)] = 1
 
 
 def batching(
     batch_size: BatchSize,
     eval_batch_size: BatchSize | None = None,
     placement: Placement = "auto",
+    workers: Annotated[int, Range(0, 1024)] = 0,
+    threads: Annotated[int, Range(1, 1024)] = 8,
+    prefetch: Annotated[int, Range(1, 1024)] = 2,
+    timeout: Annotated[float, Range(1, 86400)] = 60.0,
+    augment: tuple = (),
+    host_augment: tuple = (),
 ) -> dict[str, Any]:
     """The options of `data` that are not the source's own.
 
     Args:
       batch_size: examples of one step, over all devices and hosts: the global batch.
       eval_batch_size: of one evaluation batch; None takes `batch_size`.
-      placement: where the data set lives; see `data.feed`.
+      placement: where the data set lives; see `data.feed`. "auto" decides by its size, and says so in the log.
+      workers: processes that read and augment, where rows pass through the host; 0: threads of this process do.
+      threads: that read, in each process.
+      prefetch: batches that are ready ahead of need.
+      timeout: seconds without a batch after which data workers count as stuck.
+      augment: what is done to training batches on the device: ({"name": ..., options}, ...), see `data.augment`.
+      host_augment: what is done to each training example on the host; see `data.host_augment`.
     """
-    return {"batch_size": batch_size, "eval_batch_size": eval_batch_size or batch_size, "placement": placement}
+    return {
+        "batch_size": batch_size,
+        "eval_batch_size": eval_batch_size or batch_size,
+        "placement": placement,
+        "loading": Loading(workers=workers, threads=threads, ahead=prefetch, timeout=timeout),
+        "augment": augment,
+        "host_augment": host_augment,
+    }
 
 
 def rules(rules: tuple = ()) -> sharding.Rules:

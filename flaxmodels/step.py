@@ -103,6 +103,32 @@ def make_gradient(apply: Apply, loss: Loss) -> Gradient:
     return gradient
 
 
+def accumulated(gradient: Gradient, parts: int) -> Gradient:
+    """The same gradient, from `parts` microbatches in turn: sums and counts add up, so unequal weights are exact.
+
+    Microbatch `i` has the examples i, i + parts, i + 2 parts, ...: on a mesh each device keeps its own. Other
+    collections, such as BatchNorm's statistics, are those after the last one; each has random streams of its own.
+    """
+    if parts == 1:
+        return gradient
+
+    def summed(params: Any, extra: Any, batch: Batch, rngs: Any) -> tuple[Any, Any, Metrics]:
+        micro = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def one(extra: Any, i: Any) -> tuple[Any, Any, Metrics]:
+            keys = {name: jax.random.fold_in(key, i) for name, key in rngs.items()}
+            return gradient(params, extra, jax.tree.map(lambda x: x[i], micro), keys)
+
+        def body(i: Any, carry: tuple[Any, Any, Metrics]) -> tuple[Any, Any, Metrics]:
+            grads, extra, metrics = one(carry[1], i)
+            total = jax.tree.map(jnp.add, (carry[0], carry[2]), (grads, metrics))
+            return total[0], extra, total[1]
+
+        return jax.lax.fori_loop(1, parts, body, one(extra, 0))
+
+    return summed
+
+
 def repeated(step: Step, most: int) -> Step:
     """Several steps in one dispatch: (state, feed) -> (state, outputs), both stacked over up to `most` steps.
 

@@ -1,6 +1,7 @@
 """Small jobs that tests share: one a model family, with BatchNorm and dropout, and data made on the spot."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from flaxmodels import evaluate as evaluation
 from flaxmodels import metrics
+from flaxmodels.data.split import SKIP, Source, Split, gather_rows
+from flaxmodels.data.synthetic import synthetic_images
 from flaxmodels.job import Job
 from flaxmodels.state import TrainState
 
@@ -76,3 +79,24 @@ def evaluate(job: Job, state: TrainState) -> tuple[dict[str, float], float]:
     """(metrics, the weight that counted) of the whole evaluation split."""
     lowered, names = job.lower_eval()
     return evaluation.evaluate(lowered.compile(), state.params, state.extra, job.test.evaluation(), names)
+
+
+def stored_images(
+    examples: int = 1024, test_examples: int = 256, seed: int = 0, unreadable: tuple[int, ...] = ()
+) -> Source:
+    """`synthetic_images` as if it lay on a disk; `unreadable` training examples are left out."""
+    source = synthetic_images(examples, test_examples, seed=seed)
+    train = _stored(source.train, unreadable)
+    return dataclasses.replace(source, name="stored_images", train=train, test=_stored(source.test, ()))
+
+
+def _stored(split: Split, unreadable: tuple[int, ...]) -> Split:
+    read = functools.partial(_read, held=dict(split.arrays), unreadable=unreadable)
+    return dataclasses.replace(split, arrays={}, gather=read, stored=split.nbytes)
+
+
+def _read(_: Any, index: np.ndarray, held: dict[str, np.ndarray], unreadable: tuple[int, ...]) -> dict[str, Any]:
+    rows = gather_rows(held, index)
+    skip = np.isin(index, unreadable)
+    rows["image"][skip] = 0
+    return rows | ({SKIP: skip} if unreadable else {})

@@ -386,7 +386,7 @@ def test_data_that_changed_between_runs(refused, folder, trained, tmp_path):
         message = refused(*OWN, workdir=workdir)
     finally:
         (folder / "seed").write_text("0")
-    assert "has fingerprint" in message and "the content differs" in message and "Restore the data" in message
+    assert "not what the workdir was trained on: content was" in message and "--allow_data_change" in message
 
 
 # Archives, without a network

@@ -219,7 +219,7 @@ def test_check_names_what_is_wrong(changes, message):
     ("section", "message"),
     [
         ("model", r"model.name is not set. There are: cnn, mlp"),
-        ("data", r"data.name is not set. There are: digits"),
+        ("data", r"data.name is not set. There are: arrays, cifar10"),
         ("optim", r"optim.learning_rate is not set. Add it to the config, or --config.optim.learning_rate=VALUE"),
         ("train", r"train.duration is not set"),
     ],
@@ -279,5 +279,5 @@ def test_resolved_refuses_what_check_does():
 
 def test_the_data_section_is_split():
     ours, theirs = sections.split_data({"name": "digits", "batch_size": 64, "data_dir": "/x"})
-    assert ours == {"batch_size": 64, "eval_batch_size": 64, "placement": "auto"}
+    assert (ours["batch_size"], ours["eval_batch_size"], ours["placement"]) == (64, 64, "auto")
     assert theirs == {"name": "digits", "data_dir": "/x"}

@@ -81,3 +81,91 @@ def test_eval_counts_every_example_once(batch_size, size):
     assert index[index >= 0].tolist() == list(range(size))
     assert (index[size:] == -1).all()
     assert (batches[-1] >= 0).any(), "no batch is padding alone"
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Orders computed place by place, also of small sets."""
+    monkeypatch.setattr(order, "SORTED", 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 16, 17, 100, 1000, 4095, 4096, 4097])
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_computed_order_is_a_permutation(computed, size, epoch):
+    found = order.permuted(3, epoch, np.arange(size), size)
+    assert found.dtype == np.int32 and sorted(found) == list(range(size))
+
+
+def test_computed_order_is_a_permutation_of_a_large_set():
+    size = order.SORTED + 7
+    found = order.permuted(0, 0, np.arange(size), size)
+    assert np.bincount(found, minlength=size).max() == 1
+    some = np.array([5, 0, size - 1])
+    np.testing.assert_array_equal(order.permuted(0, 0, some, size), found[some])
+
+
+def test_computed_order_is_uniform(computed):
+    """Places as in `test_permutation_is_uniform`; and what follows an example, which a weak network would show."""
+    size, epochs = 10, 4000
+    found = np.stack([order.permuted(0, e, np.arange(size), size) for e in range(epochs)])
+    for pairs, cells in ((found * size + np.arange(size), 100), (found[:, :-1] * size + found[:, 1:], 90)):
+        counts = np.bincount(pairs.ravel(), minlength=size**2)
+        counts = counts[counts > 0]
+        expected = pairs.size / cells
+        assert len(counts) == cells
+        assert ((counts - expected) ** 2 / expected).sum() < cells + 5 * np.sqrt(2 * cells)
+
+
+def test_computed_order_of_epochs_and_seeds_differ(computed):
+    orders = [tuple(order.permuted(seed, epoch, np.arange(50), 50)) for seed in range(4) for epoch in range(4)]
+    assert len(set(orders)) == 16
+
+
+def test_an_epoch_of_a_billion_begins_at_once():
+    size = 2**30 + 1
+    index = order.train_indices(0, 10**7, 2, 512, size)
+    assert index.shape == (2, 512) and index.min() >= 0 and index.max() < size and len(np.unique(index)) == 1024
+
+
+MIXTURE = ((40, 700), (5000, 299), (7, 1))
+
+
+def parts(index):
+    return np.digitize(index, np.cumsum([size for size, _ in MIXTURE])[:-1])
+
+
+def mixed(first, steps, batch_size, seed=3):
+    return order.train_indices(seed, first, steps, batch_size, 5047, MIXTURE)
+
+
+def test_a_mixture_keeps_its_shares_in_every_period():
+    index = mixed(0, 30, 100).reshape(3, order.PERIOD)
+    for block in parts(index):
+        assert np.bincount(block).tolist() == [700, 299, 1]
+    assert not np.array_equal(parts(index)[0], parts(index)[1])
+    halves = [np.bincount(parts(block[:500]), minlength=3)[0] for block in index]
+    assert all(300 < half < 400 for half in halves), "mixed through, not one part after the other"
+
+
+def test_each_part_of_a_mixture_has_whole_epochs():
+    index = mixed(0, 70, 100).ravel()
+    small = index[parts(index) == 0]
+    for epoch in small[: len(small) // 40 * 40].reshape(-1, 40):
+        assert sorted(epoch) == list(range(40))
+    large = index[parts(index) == 1]
+    assert len(set(large)) == len(large) == 7 * 299 and large.min() >= 40 and large.max() < 5040
+    assert set(index[parts(index) == 2]) <= set(range(5040, 5047))
+
+
+def test_a_mixture_is_a_function_of_the_step():
+    whole = mixed(0, 24, 31)
+    np.testing.assert_array_equal(np.concatenate([mixed(0, 5, 31), mixed(5, 18, 31), mixed(23, 1, 31)]), whole)
+    np.testing.assert_array_equal(mixed(0, 12, 62).ravel(), whole.ravel())
+    assert not np.array_equal(mixed(0, 24, 31, seed=4), whole)
+
+
+def test_a_mixture_and_a_computed_order_are_the_version_they_say():
+    """See `test_order_is_the_version_it_says`."""
+    assert order.ORDER_VERSION == 1
+    assert order.permuted(7, 1, np.arange(4), 2**24 + 1).tolist() == [11609915, 10469933, 10773464, 1754491]
+    assert mixed(123, 1, 6, seed=7)[0].tolist() == [22, 4, 4503, 39, 9, 20]

@@ -23,7 +23,7 @@ LAYERS = (
     ("sections",),
     ("job",),
     ("resume",),
-    ("loop",),
+    ("loop", "looking"),
     ("perf", "verify", "inference"),
     ("cli",),
     ("__main__", "train.py"),

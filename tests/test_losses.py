@@ -95,6 +95,80 @@ def test_smoothing_and_z_loss_add_up():
     np.testing.assert_allclose(both, smooth + z - plain, rtol=1e-5)
 
 
+# softmax_cross_entropy of probabilities
+
+
+def probabilities(*shape, seed=5):
+    drawn = np.random.default_rng(seed).random(shape).astype(np.float32)
+    return drawn / drawn.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(B,), (B, T)])
+def test_probabilities_as_targets_are_that_of_optax_and_of_float64(shape, smoothing):
+    logits, data = normal(*shape, C), {**batch(*shape), "targets": probabilities(*shape, C)}
+    found = softmax_cross_entropy(logits, data, label_smoothing=smoothing, metrics=("accuracy", "perplexity"))
+    smooth = (1 - smoothing) * data["targets"].astype(np.float64) + smoothing / C
+    exact = -np.sum(smooth * log_softmax64(logits), -1)
+    np.testing.assert_allclose(found["loss"][0], np.sum(exact * data["weights"]), rtol=1e-5)
+    each = jax.jit(optax.softmax_cross_entropy)(logits, smooth.astype(np.float32))
+    np.testing.assert_allclose(found["loss"][0], np.sum(np.asarray(each) * data["weights"]), rtol=1e-5)
+    plain = -np.sum(data["targets"] * log_softmax64(logits), -1)
+    np.testing.assert_allclose(found["perplexity"][0], np.sum(plain * data["weights"]), rtol=1e-5)
+    right = np.argmax(logits, -1) == np.argmax(data["targets"], -1)
+    assert found["accuracy"][0] == np.sum(right * data["weights"])
+    assert {float(count) for _, count in found.values()} == {float(data["weights"].sum())}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_probabilities_of_one_class_are_that_class(dtype):
+    logits, data = normal(B, T, C), batch(B, T)
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "metrics": ("accuracy", "top_k", "perplexity"), "top_k": 3}
+    hard = softmax_cross_entropy(logits, data, **options)
+    soft = softmax_cross_entropy(logits, {**data, "targets": jnp.eye(C, dtype=dtype)[data["targets"]]}, **options)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), hard, soft)
+
+
+def test_the_gradient_of_probabilities_is_that_of_optax():
+    logits, data = normal(B, T, C), {**batch(B, T), "targets": probabilities(B, T, C)}
+    ours = jax.jit(jax.grad(lambda x: softmax_cross_entropy(x, data)["loss"][0]))(logits)
+    reference = jax.jit(jax.grad(lambda x: jnp.sum(optax.softmax_cross_entropy(x, data["targets"]) * data["weights"])))
+    np.testing.assert_allclose(ours, reference(logits), atol=1e-6)
+
+
+def test_of_probabilities_the_largest_is_the_target_and_of_equal_ones_the_first():
+    logits = 9 * np.eye(C, dtype=np.float32)[[2, 4, 2, 4]]
+    targets = np.zeros((B, C), np.float32)
+    targets[:2, [2, 4]], targets[2:, [2, 4]] = 0.5, (0.4, 0.6)
+    data = {"targets": targets, "weights": np.ones(B)}
+    right = [softmax_cross_entropy(logits[i : i + 1], {k: v[i : i + 1] for k, v in data.items()}) for i in range(B)]
+    assert [float(found["accuracy"][0]) for found in right] == [1, 0, 0, 1]
+    assert softmax_cross_entropy(logits, data, metrics=("top_k",), top_k=C)["top_k"][0] == B
+
+
+def test_a_class_masked_by_minus_infinity_has_no_part_in_probabilities():
+    logits, targets = normal(B, C), np.concatenate([probabilities(B, C - 1), np.zeros((B, 1), np.float32)], -1)
+    logits[:, -1] = -np.inf
+    data = {"targets": targets, "weights": np.ones(B, np.float32)}
+    found, gradient = jax.jit(jax.value_and_grad(lambda x: softmax_cross_entropy(x, data)["loss"][0]))(logits)
+    alone = softmax_cross_entropy(logits[:, :-1], {**data, "targets": targets[:, :-1]})["loss"][0]
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
+    assert np.all(np.isfinite(gradient)) and not np.any(np.asarray(gradient)[:, -1])
+
+
+@pytest.mark.parametrize("shape", [(B,), (B, 1), (1, C), (B, C + 1), ()])
+def test_probabilities_of_another_shape_are_refused(shape):
+    data = {"targets": np.ones(shape, np.float32), "weights": np.ones(B)}
+    with pytest.raises(ValueError, match=r"targets .*: expected \(4, 7\) for the targets, of float32"):
+        softmax_cross_entropy(normal(B, C), data)
+
+
+def test_bits_per_byte_is_not_for_probabilities():
+    data = {"targets": probabilities(B, C), "weights": np.ones(B)}
+    with pytest.raises(UserError, match="the targets are probabilities: leave it out"):
+        softmax_cross_entropy(normal(B, C), data, metrics=("bits_per_byte",), token_bytes=(1,) * C)
+
+
 LOSS_CASES = [
     (softmax_cross_entropy, {}),
     (softmax_cross_entropy, {"label_smoothing": 0.1, "z_loss": 1e-2, "metrics": ("accuracy", "top_k", "perplexity")}),

@@ -3,21 +3,35 @@
 Read `split.py` next: it says what a source is. Then `order.py`: which examples a step sees.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from flaxmodels import registry
 from flaxmodels.data.split import Source, Split
 
-__all__ = ["SOURCES", "Source", "Split", "load"]
+__all__ = ["SOURCES", "Source", "Split", "load", "load_as"]
 
 SOURCES = {
+    "arrays": "flaxmodels.data.arrays:arrays",
+    "cifar10": "flaxmodels.data.images:cifar10",
+    "csv": "flaxmodels.data.tables:csv",
     "digits": "flaxmodels.data.images:digits",
+    "fashion_mnist": "flaxmodels.data.images:fashion_mnist",
+    "image_folder": "flaxmodels.data.image_folder:image_folder",
+    "jsonl": "flaxmodels.data.tables:jsonl",
+    "kmnist": "flaxmodels.data.images:kmnist",
+    "lines": "flaxmodels.data.tables:lines",
+    "mixture": "flaxmodels.data.mixture:mixture",
     "mnist": "flaxmodels.data.images:mnist",
+    "parquet": "flaxmodels.data.tables:parquet",
     "pydocs": "flaxmodels.data.text:pydocs",
     "synthetic_images": "flaxmodels.data.synthetic:synthetic_images",
     "synthetic_tokens": "flaxmodels.data.synthetic:synthetic_tokens",
     "text": "flaxmodels.data.text:text",
+    "tfds": "flaxmodels.data.tfds_source:tfds",
     "tiny_shakespeare": "flaxmodels.data.text:tiny_shakespeare",
+    "tokens": "flaxmodels.data.token_files:tokens",
+    "tsv": "flaxmodels.data.tables:tsv",
 }
 
 
@@ -32,11 +46,17 @@ def load(name: str, **options: Any) -> Source:
       UserError: an unknown name or option, a value of the wrong type, data that are missing or damaged, or a function
         that returns something else than a `Source`.
     """
-    function = registry.pick(SOURCES, name, "data.name")
-    source = function(**registry.bind(function, options, where="data"))
+    return load_as("data", {"name": name, **options})
+
+
+def load_as(where: str, options: Mapping[str, Any]) -> Source:
+    """`load(**options)`, called `where` in messages: "data", or "data.sources[1]"."""
+    name, options = options["name"], {key: value for key, value in options.items() if key != "name"}
+    function = registry.pick(SOURCES, name, f"{where}.name")
+    source = function(**registry.bind(function, options, where=where))
     if not isinstance(source, Source):
         raise registry.UserError(
-            f"data.name={name!r} returned {type(source).__name__}: expected a flaxmodels.data.Source. "
+            f"{where}.name={name!r} returned {type(source).__name__}: expected a flaxmodels.data.Source. "
             "Return Source(name=..., train=Split(...), test=Split(...), facts={...}, fingerprint=...)."
         )
     return source
