@@ -59,7 +59,7 @@ def load(recipe: builders.Recipe, data_dir: str | None = None, manual_dir: str |
     folder = root / recipe.name / recipe.version / _ARRAYS
     if (prepared := _read(folder)) is not None:
         return prepared
-    with _only_process(root / recipe.name):
+    with only_process(root / recipe.name):
         if _read(folder) is None:
             _write(_decode_all(builders.prepare(recipe, root, manual_dir)), folder)
         prepared = _read(folder)
@@ -77,7 +77,7 @@ def data_root(data_dir: str | None) -> Path:
 
 
 @contextlib.contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
+def only_process(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when a process dies. TFDS has none: two at once collide."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
