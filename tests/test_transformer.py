@@ -106,20 +106,23 @@ def test_unrolling_the_loop_changes_nothing():
     np.testing.assert_allclose(unrolled, run(LLAMA, params), rtol=1e-5, atol=1e-5)
 
 
-@BOTH
-def test_no_output_depends_on_a_later_input(model):
-    params = random_params(model)
-    tokens = jnp.arange(8)[None]  # each token once: row t of the embedding is the input at t
+def touched(model, params, inputs):
+    """(T, T) bool: whether output t depends on input s, where input s is the token s."""
 
     def outputs(embedding):  # the head must not be the embedding here
         inner = {**params["params"], "embed": {"embedding": embedding}}
         if model.tied_head:
             inner["head"] = {"kernel": params["params"]["embed"]["embedding"].T}
-        return model.clone(tied_head=False).apply({"params": inner}, tokens)[0, :, :3].sum(-1)
+        return model.clone(tied_head=False).apply({"params": inner}, inputs)[0, :, :3].sum(-1)
 
     jacobian_TxVxD = jax.jit(jax.jacrev(outputs))(params["params"]["embed"]["embedding"])
-    touched_TxT = (jacobian_TxVxD[:, :8] != 0).any(-1)
-    np.testing.assert_array_equal(touched_TxT, np.tri(8, dtype=bool))
+    return (jacobian_TxVxD[:, :8] != 0).any(-1)
+
+
+@BOTH
+def test_no_output_depends_on_a_later_input(model):
+    found = touched(model, random_params(model), jnp.arange(8)[None])
+    np.testing.assert_array_equal(found, np.tri(8, dtype=bool))
 
 
 def test_grouped_heads_equal_full_heads_with_repeated_weights():
@@ -153,6 +156,65 @@ def test_rotation_tells_far_places_apart_in_bfloat16():
     turned = rotate(x, 1e4)[0, :, 0].astype(jnp.float32)
     angles = np.arange(512) + np.pi / 4
     np.testing.assert_allclose(turned, np.sqrt(2) * np.stack([np.cos(angles), np.sin(angles)], -1), atol=0.01)
+
+
+# Several documents in a row
+
+SEGMENTS = np.array([1, 1, 1, 2, 2, 3, 0, 0])
+POSITIONS = np.array([0, 1, 2, 0, 1, 0, 0, 1])
+
+
+def packed(tokens, segments=SEGMENTS, positions=POSITIONS):
+    return {
+        "tokens": jnp.asarray(tokens),
+        "segments": jnp.broadcast_to(segments, tokens.shape),
+        "positions": jnp.broadcast_to(positions, tokens.shape),
+    }
+
+
+@BOTH
+def test_packed_documents_are_those_alone(model):
+    params = random_params(model)
+    logits = run(model, params, packed(TOKENS))
+    for segment in range(4):
+        here = np.equal(SEGMENTS, segment)
+        np.testing.assert_allclose(logits[:, here], run(model, params, TOKENS[:, here]), rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_no_gradient_crosses_from_one_document_to_another_or_to_padding(model):
+    found = touched(model, random_params(model), packed(np.arange(8)[None]))
+    same = SEGMENTS[:, None] == SEGMENTS[None]
+    np.testing.assert_array_equal(found, np.tri(8, dtype=bool) & same)
+
+
+@BOTH
+def test_one_document_in_a_row_is_the_plain_row(model):
+    params = random_params(model)
+    whole = packed(TOKENS, np.ones(8, np.int32), np.arange(8))
+    np.testing.assert_allclose(run(model, params, whole), run(model, params), rtol=1e-6, atol=1e-6)
+
+
+@BOTH
+def test_positions_are_those_that_are_given(model):
+    params = random_params(model)
+    moved = run(model, params, packed(TOKENS, np.ones(8, np.int32), np.array([0, 1, 2, 3, 4, 5, 6, 0])))
+    difference = np.abs(moved - run(model, params)).max((0, 2))
+    assert difference[:7].max() < 1e-5 and difference[7] > 0.01
+
+
+def test_rotation_by_positions_is_that_of_the_places():
+    x = jax.random.normal(jax.random.key(0), (1, 16, 3, 8))
+    order = np.array([[3, 0, 15, 7]])
+    turned = rotate(x[:, order[0]], 1e4, jnp.asarray(order))
+    np.testing.assert_allclose(turned, rotate(x, 1e4)[:, order[0]], rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_padding_alone_is_finite():
+    zeros = np.zeros((1, 8), np.int32)
+    inputs = packed(zeros, zeros, zeros)
+    gradients = jax.jit(jax.grad(lambda params: LLAMA.apply(params, inputs).sum()))(random_params(LLAMA))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 # Numbers and names
@@ -292,6 +354,12 @@ def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), sharded, gradients)
 
 
+def test_packed_documents_on_a_mesh():
+    params, inputs = random_params(LLAMA), packed(jnp.tile(TOKENS, (4, 1)))
+    _, logits, _ = on_mesh(lambda params, inputs: LLAMA.apply(params, inputs), params, inputs)
+    np.testing.assert_allclose(logits, run(LLAMA, params, inputs), rtol=1e-4, atol=1e-5)
+
+
 # Refusals
 
 
@@ -321,6 +389,11 @@ def test_an_odd_head_is_fine_without_rotation():
 def test_too_long_an_input_names_both_lengths(shape):
     with pytest.raises(ValueError, match=rf"shape \({shape[0]},.*at most max_length=8"):
         LLAMA.init(jax.random.key(0), jnp.zeros(shape, jnp.int32))
+
+
+def test_other_inputs_are_named():
+    with pytest.raises(ValueError, match=r"keys \['image', 'tokens'\]: expected tokens, segments, positions"):
+        LLAMA.init(jax.random.key(0), {"tokens": TOKENS, "image": TOKENS})
 
 
 def test_a_token_outside_the_vocabulary_is_not_clamped():

@@ -5,9 +5,9 @@ All of it comes from raw Philox output, which NumPy promises never to change: a 
 
 import numpy as np
 
+from flaxmodels.data.documents import window_split
 from flaxmodels.data.images import image_split
 from flaxmodels.data.split import Source, describe, fingerprint
-from flaxmodels.data.text import window_split
 from flaxmodels.registry import Positive
 
 _PATTERNS, _TRAIN, _TEST = range(3)  # streams of one seed

@@ -7,7 +7,7 @@ Read `Transformer` first, then `Block`. `mark` says what an axis is; it does not
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 
 _INIT = nn.initializers.normal(0.02)
+# Where a row holds several documents: {"segments": (B, T), "positions": (B, T)}. None: one, from its start.
+Layout = Mapping[str, jax.Array] | None
 
 
 class Transformer(nn.Module):
@@ -83,14 +85,24 @@ class Transformer(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, inputs: jax.Array | Mapping[str, jax.Array], train: bool = False) -> jax.Array:
         """Map tokens (B, T), an integer dtype, to logits (B, T, vocab_size) float32; those at t see inputs up to t.
+
+        Inputs are the tokens, or, where a row holds several documents, {"tokens", "segments", "positions"}, each (B, T)
+        of an integer dtype. Then those at t see inputs of their own segment only, and positions, below `max_length`,
+        are as given. Padding is a segment, too.
 
         With `train` and `dropout`, `apply` needs `rngs={"dropout": key}`. A token outside the vocabulary gives NaN.
 
         Raises:
-          ValueError: T is more than `max_length`, or inputs are not (B, T).
+          ValueError: T is more than `max_length`, or inputs are not (B, T), or have other keys.
         """
+        layout = None
+        if isinstance(inputs, Mapping):
+            if set(inputs) != {"tokens", "segments", "positions"}:
+                raise ValueError(f"inputs have the keys {sorted(inputs)}: expected tokens, segments, positions.")
+            layout = {name: inputs[name] for name in ("segments", "positions")}
+            inputs = inputs["tokens"]
         if inputs.ndim != 2 or inputs.shape[1] > self.max_length:
             raise ValueError(
                 f"inputs of shape {inputs.shape}: expected (batch, length) with length at most "
@@ -105,10 +117,10 @@ class Transformer(nn.Module):
         tokens = embed(self.vocab_size, name="embed")
         x_BxTxD = tokens(inputs)
         if self.positions == "learned":
-            x_TxD = embed(self.max_length, name="embed_positions")(jnp.arange(inputs.shape[1]))
-            x_BxTxD += x_TxD[None]
+            places = embed(self.max_length, name="embed_positions")
+            x_BxTxD += places(jnp.arange(inputs.shape[1]))[None] if layout is None else places(layout["positions"])
         x_BxTxD = nn.Dropout(self.dropout, deterministic=not train)(x_BxTxD)
-        x_BxTxD, _ = self._blocks(train)(mark(x_BxTxD, "batch", "length", "embed"), None)
+        x_BxTxD, _ = self._blocks(train)(mark(x_BxTxD, "batch", "length", "embed"), layout)
         x_BxTxD = self._make_norm()(name="norm")(x_BxTxD)
         if self.tied_head:
             logits_BxTxV = tokens.attend(x_BxTxD)
@@ -118,7 +130,7 @@ class Transformer(nn.Module):
         return mark(logits_BxTxV, "batch", "length", "vocab").astype(jnp.float32)
 
     def _blocks(self, train: bool) -> nn.Module:
-        """All blocks as one module, called as `(x_BxTxD, None)`; returns `(x_BxTxD, None)`."""
+        """All blocks as one module, called as `(x_BxTxD, layout)`; returns `(x_BxTxD, None)`."""
         # What ends a residual branch starts smaller, so that the sum of all branches does not grow with depth (GPT-2).
         out_init = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)
         common: dict[str, Any] = {"use_bias": self.use_bias, "out_init": out_init, "dtype": self.dtype}
@@ -131,6 +143,7 @@ class Transformer(nn.Module):
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
             length=self.layers,
             unroll=self.unroll,
         )
@@ -157,11 +170,11 @@ class Block(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        """Map (B, T, D) to the same shape and dtype; the Nones are what `nn.scan` would take and give per layer."""
+    def __call__(self, x_BxTxD: jax.Array, layout: Layout = None) -> tuple[jax.Array, None]:
+        """Map (B, T, D) to the same shape and dtype; the None is what `nn.scan` would give per layer."""
         dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
         y_BxTxD = self.make_norm(name="norm_attention")(x_BxTxD)
-        x_BxTxD += dropout(self.make_attention(name="attention")(y_BxTxD))
+        x_BxTxD += dropout(self.make_attention(name="attention")(y_BxTxD, layout))
         x_BxTxD = mark(x_BxTxD, "batch", "length", "embed")
         y_BxTxD = self.make_norm(name="norm_mlp")(x_BxTxD)
         x_BxTxD += dropout(self.make_mlp(name="mlp")(y_BxTxD))
@@ -183,8 +196,12 @@ class Attention(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Map (B, T, D) to the same shape, in `dtype`."""
+    def __call__(self, x_BxTxD: jax.Array, layout: Layout = None) -> jax.Array:
+        """Map (B, T, D) to the same shape, in `dtype`; with a layout, each segment by itself."""
+        positions_BxT, mask_Bx1xTxT = None, None
+        if layout is not None:
+            positions_BxT, segments_BxT = layout["positions"], layout["segments"]
+            mask_Bx1xTxT = (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
         D = x_BxTxD.shape[-1]
         dense = functools.partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype)
         project = functools.partial(dense, kernel_init=_INIT)
@@ -193,11 +210,12 @@ class Attention(nn.Module):
         k_BxTxKxH = project((self.kv_heads, H), name="key")(x_BxTxD)
         v_BxTxKxH = project((self.kv_heads, H), name="value")(x_BxTxD)
         if self.rope_base is not None:
-            q_BxTxNxH, k_BxTxKxH = (rotate(x, self.rope_base) for x in (q_BxTxNxH, k_BxTxKxH))
+            q_BxTxNxH, k_BxTxKxH = (rotate(x, self.rope_base, positions_BxT) for x in (q_BxTxNxH, k_BxTxKxH))
         y_BxTxNxH = jax.nn.dot_product_attention(
             mark(q_BxTxNxH, "batch", "length", "heads", None),
             mark(k_BxTxKxH, "batch", "length", "kv_heads", None),
             mark(v_BxTxKxH, "batch", "length", "kv_heads", None),
+            mask=mask_Bx1xTxT,
             is_causal=True,
             implementation=self.implementation,
         )
@@ -230,13 +248,20 @@ class MLP(nn.Module):
         return dense(x_BxTxD.shape[-1], kernel_init=self.out_init, name="down")(h_BxTxF)
 
 
-def rotate(x_BxTxNxH: jax.Array, base: float) -> jax.Array:
-    """Rotary positions: turn the pair (i, i + H/2) at place t by the angle t * base^(-2i/H); same shape and dtype."""
+def rotate(x_BxTxNxH: jax.Array, base: float, positions_BxT: jax.Array | None = None) -> jax.Array:
+    """Rotary positions: turn the pair (i, i + H/2) at place t by the angle t * base^(-2i/H); same shape and dtype.
+
+    Places are counted from 0, or those of `positions_BxT`.
+    """
     T, H = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
     # In float32, since bfloat16 can't count past 256.
     frequency_H = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    angle_TxH = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_H[None]
-    cos, sin = (f(angle_TxH)[None, :, None] for f in (jnp.cos, jnp.sin))
+    if positions_BxT is None:
+        angle_TxH = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_H[None]
+        cos, sin = (f(angle_TxH)[None, :, None] for f in (jnp.cos, jnp.sin))
+    else:
+        angle_BxTxH = positions_BxT.astype(jnp.float32)[:, :, None] * frequency_H[None, None]
+        cos, sin = (f(angle_BxTxH)[:, :, None] for f in (jnp.cos, jnp.sin))
     a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)
 

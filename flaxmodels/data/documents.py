@@ -1,0 +1,218 @@
+"""From documents to windows of a fixed length: contiguous, packed or padded.
+
+Read `windows` first. "Inputs" of a document are its tokens but the last, and "targets" all but the first: so a document
+of n tokens has n - 1 of each.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from flaxmodels.data.packing import packed_split
+from flaxmodels.data.split import Batch, Rows, Split, Tokenizer, take
+from flaxmodels.data.token_rows import Stored, places_of, read_rows, skipped, stored_split
+from flaxmodels.data.tokenizer import encode_many
+from flaxmodels.registry import UserError
+
+Windows = Literal["contiguous", "packed", "padded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Texts as tokens, one after the other.
+
+    Attributes:
+      tokens: (N,) unsigned, in memory or on disk.
+      ends: (D,) int64, the place after each document's last token; the last is N.
+      labels: (D,) int32, the class of each; None where there are none.
+      prompts: (D,) int32, how many leading tokens of each are no targets of the loss; None for none.
+    """
+
+    tokens: np.ndarray | Stored
+    ends: np.ndarray
+    labels: np.ndarray | None = None
+    prompts: np.ndarray | None = None
+
+    @property
+    def begins(self) -> np.ndarray:
+        """(D,) int64, the place of each document's first token."""
+        return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
+
+
+def windows(documents: Documents, kind: Windows, length: int, where: Sequence[str] = ()) -> Split:
+    """A split of windows with `length` inputs each.
+
+    Args:
+      documents: what is read. Labels need "padded", and prompts "packed" or "padded".
+      kind: "contiguous": documents are one long text; inputs (B, length) int32. In the two others, inputs are
+        {"tokens", "segments", "positions"}, each (B, length) int32: segments count the documents of a window from 1 on,
+        with 0 for padding, and positions start at 0 in each. "packed": as many documents a window as fit, and longer
+        ones in pieces; each token but the first of a document is a target once, or never where the prompt has it.
+        "padded": one document a window, cut to `length`.
+      length: inputs in a window.
+      where: (D,) where each document was read, for messages.
+
+    Returns:
+      A split whose targets and weights are (B, length); or (B,), with labels, for "padded".
+
+    Raises:
+      UserError: labels or prompts with another kind; too many windows; no document has two tokens; or the prompt of a
+        document of "padded" leaves no room for a target.
+    """
+    if documents.labels is not None and kind != "padded":
+        raise UserError(f"data.windows={kind!r}: with labels each window has one text. Use windows='padded'.")
+    if documents.prompts is not None and kind == "contiguous":
+        raise UserError("data.windows='contiguous' would learn the prompts, too. Use windows='packed' or 'padded'.")
+    if kind == "packed":
+        return packed_split(documents.tokens, documents.begins, documents.ends, documents.prompts, length)
+    if kind == "padded":
+        return _padded(documents, length, where)
+    tokens = documents.tokens
+    return window_split(tokens, length) if isinstance(tokens, np.ndarray) else _stored_windows(tokens, length)
+
+
+def encode(tokenizer: Tokenizer, texts: Sequence[str], closed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as tokens, one after the other.
+
+    Args:
+      tokenizer: what encodes; each text by itself.
+      texts: P of them.
+      closed: (P,) bool, after which of them the tokenizer's `end` stands.
+
+    Returns:
+      The tokens (N,), and the place (P,) int64 after the last of each text.
+    """
+    found = encode_many(tokenizer, texts)
+    sizes = np.array([len(ids) for ids in found], np.int64)
+    places = np.cumsum(sizes + closed)
+    if not closed.any():
+        return np.concatenate(found), places
+    tokens = np.full(places[-1], tokenizer.end, found[0].dtype)
+    is_text = np.ones(len(tokens), bool)
+    is_text[places[closed] - 1] = False
+    tokens[is_text] = np.concatenate(found)
+    return tokens, places
+
+
+def transforms(documents: Documents, kind: Windows, length: int) -> dict[str, Any]:
+    """What `windows` does, for `Source.transforms`; with how many documents "padded" windows cut short."""
+    done: dict[str, Any] = {"windows": kind, "length": length}
+    if kind == "padded":
+        sizes = documents.ends - documents.begins
+        done["cut"] = int((sizes - (documents.labels is None) > length).sum())
+    return done
+
+
+def window_split(tokens: np.ndarray, length: int) -> Split:
+    """A split of {"tokens": (N,)} with N >= 2: ceil((N - 1) / length) windows that overlap by one token."""
+    if len(tokens) + length >= 2**31:
+        raise UserError(f"{len(tokens)} tokens are too many: positions are int32. Use at most 2**31 - data.length.")
+    return Split(
+        size=-(-(len(tokens) - 1) // length),
+        arrays={"tokens": tokens},
+        gather=functools.partial(_gather_windows, length=length, count=len(tokens)),
+        prepare=functools.partial(_prepare_windows, length=length, count=len(tokens)),
+    )
+
+
+def _gather_windows(arrays: Mapping[str, Any], index: Any, length: int, count: int) -> Rows:
+    """Windows with the token after them: {"tokens": (B, length + 1)}; past the end, the last token again."""
+    positions = index.clip(0)[:, None] * np.int32(length) + np.arange(length + 1, dtype=np.int32)[None, :]
+    return {"tokens": take(arrays["tokens"], positions.clip(0, count - 1))}
+
+
+def _prepare_windows(rows: Rows, index: Any, length: int, count: int) -> Batch:
+    """Inputs and targets (B, length) int32, weights (B, length) float32."""
+    tokens = rows["tokens"].astype(np.int32)
+    targets = index[:, None] * np.int32(length) + np.arange(1, length + 1, dtype=np.int32)[None, :]
+    real = (index >= 0)[:, None] & (targets < count)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": real.astype(np.float32)}
+
+
+def _stored_windows(tokens: Stored, length: int) -> Split:
+    """The same windows of tokens on disk, of which there may be more than int32 can count."""
+    gather = functools.partial(_gather_stored, tokens=tokens, length=length)
+    return stored_split(-(-(tokens.size - 1) // length), gather, _prepare_stored)
+
+
+def _gather_stored(arrays: Mapping[str, Any], index: np.ndarray, tokens: Stored, length: int) -> Rows:
+    """{"tokens": (B, length + 1), "real": (B,) int32, how many of its targets are there}."""
+    start = index.clip(0).astype(np.int64) * length
+    found, sound = read_rows(tokens, start, length + 1)
+    real = np.minimum(tokens.size - 1 - start, length).astype(np.int32)
+    return {"tokens": found, "real": real, **skipped(sound)}
+
+
+def _prepare_stored(rows: Rows, index: Any) -> Batch:
+    """Inputs and targets (B, length) int32, weights (B, length) float32."""
+    tokens = rows["tokens"].astype(np.int32)
+    real = (index >= 0)[:, None] & (places_of(tokens[:, 1:]) < rows["real"][:, None])
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": real.astype(np.float32)}
+
+
+def _padded(documents: Documents, length: int, where: Sequence[str]) -> Split:
+    sizes = np.minimum(documents.ends - documents.begins, length + (documents.labels is None)).astype(np.int32)
+    prompts = documents.prompts
+    if prompts is not None and (full := prompts >= sizes).any():
+        worst = int(full.argmax())
+        raise UserError(
+            f"{where[worst] if where else f'Document {worst}'}: the prompt alone has {prompts[worst]} tokens, which "
+            f"leaves nothing of the completion in a window of data.length={length}. Use a larger length, or "
+            "windows='packed'."
+        )
+    gather = functools.partial(
+        _gather_padded,
+        tokens=documents.tokens,
+        width=length + (documents.labels is None),
+        starts=documents.begins,
+        sizes=sizes,
+        columns={k: v for k, v in (("label", documents.labels), ("prompt", prompts)) if v is not None},
+    )
+    return stored_split(len(sizes), gather, _prepare_padded if documents.labels is None else _prepare_labelled)
+
+
+def _gather_padded(
+    arrays: Mapping[str, Any],
+    index: np.ndarray,
+    tokens: np.ndarray | Stored,
+    width: int,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    columns: Mapping[str, np.ndarray],
+) -> Rows:
+    """{"tokens": (B, width), zeros after the document, "size": (B,) int32, its tokens there; `columns`: (B,)}."""
+    rows = index.clip(0)
+    found, sound = read_rows(tokens, starts[rows], width)
+    size = sizes[rows]
+    found = found * (np.arange(width, dtype=np.int32)[None] < size[:, None])
+    return {"tokens": found, "size": size, **{k: v[rows] for k, v in columns.items()}, **skipped(sound)}
+
+
+def _prepare_padded(rows: Rows, index: Any) -> Batch:
+    """Inputs a dict of (B, length) int32, targets (B, length) int32, weights (B, length) float32."""
+    tokens = rows["tokens"].astype(np.int32)
+    batch = _padded_inputs(tokens[:, :-1], rows["size"] - 1)
+    places = batch["positions"] + 1
+    real = (index >= 0)[:, None] & (places < rows["size"][:, None])
+    if "prompt" in rows:
+        real &= places >= rows["prompt"][:, None]
+    return {"inputs": batch, "targets": tokens[:, 1:], "weights": real.astype(np.float32)}
+
+
+def _prepare_labelled(rows: Rows, index: Any) -> Batch:
+    """Inputs a dict of (B, length) int32, targets (B,) int32, weights (B,) float32."""
+    return {
+        "inputs": _padded_inputs(rows["tokens"].astype(np.int32), rows["size"]),
+        "targets": rows["label"],
+        "weights": (index >= 0).astype(np.float32),
+    }
+
+
+def _padded_inputs(tokens: Any, size: Any) -> dict[str, Any]:
+    """{"tokens", "segments", "positions"}, each (B, length) int32, of the first `size` (B,) tokens."""
+    places = places_of(tokens)
+    segments = (places < size[:, None]).astype(np.int32)
+    return {"tokens": tokens * segments, "segments": segments, "positions": places}

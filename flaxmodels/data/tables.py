@@ -1,0 +1,198 @@
+"""Texts in tables: csv, tsv, jsonl, parquet, or one on each line. The columns that are named say what is learned.
+
+A text and its label: which class a text has. A text alone: a language model. A prompt and its completion: a language
+model whose loss leaves out the prompt.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from flaxmodels.data import documents, held_out, reading, tokenizer
+from flaxmodels.data.documents import Documents, Windows
+from flaxmodels.data.reading import Paths, Record
+from flaxmodels.data.split import Source, Tokenizer, fingerprint
+from flaxmodels.registry import Fraction, Positive, UserError, suggest
+
+
+def _table(
+    kind: str,
+    path: Paths,
+    text: str | None = None,
+    label: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    test_path: Paths | None = None,
+    validation: Fraction = 0.1,
+    tokens: str = "bytes",
+    vocab_size: Positive | None = None,
+    length: Positive = 128,
+    windows: Windows | None = None,
+    encoding: str = "utf-8",
+) -> Source:
+    """Texts in a table.
+
+    Args:
+      kind: of files, as in `reading.read`.
+      path: a file, a glob, or several of them.
+      text: the column of texts.
+      label: the column of labels: integers 0 to n - 1 as they are, others in their order.
+      prompt: the column of prompts; with `completion`, instead of `text`.
+      completion: the column of what follows the prompts.
+      test_path: what is held out, as `path`; None: a part of `path`.
+      validation: that part. With labels, of each class the same; else by a hash of the content, so that no text stands
+        on both sides. Not used with `test_path`.
+      tokens: "bytes", "characters", "words", "bpe", or the path of a `tokenizer.json`. The vocabulary of characters is
+        those that occur anywhere; "words" and "bpe" are learned from the training split.
+      vocab_size: the most tokens of "words" and "bpe".
+      length: tokens in a window.
+      windows: "padded": one text a window, cut to `length`; with labels, the only one. "packed": several texts a
+        window, and longer ones in pieces; None is this, without labels. "contiguous", for texts alone: windows reach
+        over the ends of texts.
+      encoding: of the files; parquet has its own.
+
+    Raises:
+      UserError: a file is missing, empty or damaged, a column or a value is missing, a label of the test is in no
+        example to train on, or a split is empty.
+    """
+    read = functools.partial(
+        reading.read, kind, text=text, label=label, prompt=prompt, completion=completion, encoding=encoding
+    )
+    return _source(kind, read, path, test_path, validation, tokens, vocab_size, length, windows)
+
+
+# Comma separated values with a header (RFC 4180); tab separated ones, where quotes mean nothing; a JSON object on each
+# line, whose keys are the columns; columns of Parquet files.
+csv, tsv, jsonl, parquet = (functools.partial(_table, kind) for kind in ("csv", "tsv", "jsonl", "parquet"))
+
+
+def lines(
+    path: Paths,
+    label: Literal["file"] | None = None,
+    test_path: Paths | None = None,
+    validation: Fraction = 0.1,
+    tokens: str = "bytes",
+    vocab_size: Positive | None = None,
+    length: Positive = 128,
+    windows: Windows | None = None,
+    encoding: str = "utf-8",
+) -> Source:
+    """One text on each line; blank lines are left out.
+
+    Args:
+      path: a file, a glob, or several of them.
+      label: "file": the name of its file is the label of a text; without its suffix, or, where files differ in that
+        alone, the suffix.
+      test_path: see `csv`, as all that follow.
+      validation: see `csv`.
+      tokens: see `csv`.
+      vocab_size: see `csv`.
+      length: see `csv`.
+      windows: see `csv`.
+      encoding: see `csv`.
+
+    Raises:
+      UserError: see `csv`.
+    """
+    read = functools.partial(reading.read, "lines", label=label, encoding=encoding)
+    return _source("lines", read, path, test_path, validation, tokens, vocab_size, length, windows)
+
+
+def _source(
+    kind: str,
+    read: Callable[..., Iterator[Record]],
+    path: Paths,
+    test_path: Paths | None,
+    validation: float,
+    tokens: str,
+    vocab_size: int | None,
+    length: int,
+    windows: Windows | None,
+) -> Source:
+    train = list(read(path))
+    if test_path is None:
+        train, test = _hold_out(train, validation, kind)
+    else:
+        test = list(read(test_path, key="data.test_path"))
+    names = () if train[0].label is None else _classes(train)
+    learned = train + test if tokens == "characters" else train
+    made = tokenizer.make(
+        tokens, lambda: (text for record in learned for text in _texts(record)), vocab_size=vocab_size, documents=True
+    )
+    windows = windows or ("padded" if names else "packed")
+    found, splits = [], []
+    for records in (train, test):
+        found.append(_documents(records, made, names))
+        splits.append(documents.windows(found[-1], windows, length, [record.where for record in records]))
+    return Source(
+        kind,
+        train=splits[0],
+        test=splits[1],
+        facts={"vocab_size": made.size, "max_length": length, **({"classes": len(names)} if names else {})},
+        fingerprint=fingerprint({"train": _content(train), "test": _content(test)}),
+        tokens_per_example=length,
+        token_bytes=None if names else made.token_bytes,
+        transforms=documents.transforms(found[0], windows, length),
+        labels=names,
+        tokenizer=made,
+    )
+
+
+def _texts(record: Record) -> list[str]:
+    return [record.text] if record.completion is None else [record.text, record.completion]
+
+
+def _hold_out(records: Sequence[Record], validation: float, kind: str) -> tuple[list[Record], list[Record]]:
+    if records[0].label is None:
+        held = [held_out.by_content("\0".join(_texts(record)), validation) for record in records]
+    else:
+        _, classes = np.unique([str(record.label) for record in records], return_inverse=True)
+        held = held_out.stratified(classes, validation).tolist()
+    train = [record for record, out in zip(records, held) if not out]
+    test = [record for record, out in zip(records, held) if out]
+    if not train or not test:
+        raise UserError(
+            f"data.name={kind!r}: data.validation={validation:g} of {len(records)} examples leaves {len(train)} to "
+            f"train on and holds out {len(test)}; both need one. Change it, use more examples, or set data.test_path."
+        )
+    return train, test
+
+
+def _classes(records: Sequence[Record]) -> tuple[str, ...]:
+    """The names of the classes: numbers in their order, else strings in theirs."""
+    names = {str(record.label) for record in records}
+    if len(names) == 1:
+        raise UserError(f"All {len(records)} labels to train on are {names.pop()!r}: expected at least two classes.")
+    if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def _documents(records: Sequence[Record], made: Tokenizer, names: Sequence[str]) -> Documents:
+    texts = [text for record in records for text in _texts(record)]
+    parts = len(texts) // len(records)
+    tokens, places = documents.encode(made, texts, np.arange(len(texts)) % parts == parts - 1)
+    ends = places[parts - 1 :: parts]
+    if parts == 2:
+        begins = np.concatenate([[0], ends[:-1]])
+        return Documents(tokens, ends, prompts=(places[::2] - begins).astype(np.int32))
+    if not names:
+        return Documents(tokens, ends)
+    number = {name: i for i, name in enumerate(names)}
+    for record in records:
+        if str(record.label) not in number:
+            raise UserError(
+                f"{record.where}: the label {str(record.label)!r} is in no example to train on. "
+                f"{suggest(record.label, names)}"
+            )
+    return Documents(tokens, ends, labels=np.array([number[str(record.label)] for record in records], np.int32))
+
+
+def _content(records: Sequence[Record]) -> str:
+    rows = [[record.text, record.label, record.completion] for record in records]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
