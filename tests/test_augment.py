@@ -311,6 +311,7 @@ def test_boxes_of_resized_crop():
     for at, scale, side in ((middle[:, 0], yy, height), (middle[:, 1], xx, width)):
         place = (at * (side - 1) + 0.5 - scale * side / 2) / (side - scale * side)
         assert scipy.stats.kstest(np.clip(place, 0, 1), scipy.stats.uniform(0, 1).cdf).pvalue > 1e-3
+        assert abs(np.mean(place) - 0.5) < 0.013  # half a pixel is 0.5 / side
 
 
 def test_a_box_that_fits_nowhere_is_cut_to_the_image():

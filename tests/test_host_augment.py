@@ -194,10 +194,13 @@ def test_boxes_of_resized_crop():
         assert scipy.stats.kstest(np.clip(place, 0, 1), scipy.stats.uniform(0, 1).cdf).statistic < 0.04
 
 
-def test_a_box_that_fits_nowhere_is_cut_to_the_image():
-    found = changed(ramps(8, 16, 16), {"name": "resized_crop", "area": (1.0, 1.0), "aspect": (4.0, 4.0)}).astype(int)
-    assert np.abs(found[:, :, :, 1] - ramps(8, 16, 16)[..., 1]).max() <= 1  # as wide as the image
-    assert set((found[:, 12, 8, 0] - found[:, 4, 8, 0]).tolist()) <= {19, 20, 21}  # half as high
+@pytest.mark.parametrize(("aspect", "full"), [(4.0, 1), (0.25, 0)])
+def test_a_box_that_fits_nowhere_is_cut_to_the_image(aspect, full):
+    images = ramps(8, 16, 16)
+    found = changed(images, {"name": "resized_crop", "area": (1.0, 1.0), "aspect": (aspect, aspect)}).astype(int)
+    assert np.abs(found[..., full] - images[..., full]).max() <= 1  # the long side: as long as the image
+    ends = found[:, 4, 4, 1 - full], found[:, 12, 12, 1 - full]
+    assert set((ends[1] - ends[0]).tolist()) <= {19, 20, 21}  # the other half as long
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 5])

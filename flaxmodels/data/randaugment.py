@@ -1,7 +1,8 @@
 """RandAugment: a few operations on each image, drawn from a list, all of one strength (arXiv:1909.13719).
 
-An operation changes either places or colours. So of one round all the first kind share one sampling of the image, and
-all the second kind are elementwise: that every image goes through every operation, of which one is kept, costs little.
+Every image goes through every operation, of which one is kept. To keep that cheap, those that change places share one
+sampling of the image; those that change colours are elementwise, but for the histogram of "equalize", which takes most
+of the time.
 """
 
 import functools
