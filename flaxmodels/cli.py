@@ -81,6 +81,23 @@ def show_data(argv: Sequence[str]) -> int:
     return exits.DONE
 
 
+def bench(argv: Sequence[str]) -> int:
+    """Measure: `flaxmodels bench data` says how many examples a second each way of loading gives."""
+    with exits.importing():
+        from flaxmodels.perf import bench_data
+
+    what, *rest = argv or [""]
+    if what != "data":
+        raise UserError(f"bench {what!r}: there is no such bench. {registry.suggest(what, ('data',))}")
+    parser = config.parser("flaxmodels bench data", "Measure every way of loading the data of a config, in turns.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each way, all its turns together (3)")
+    parser.add_argument("--against", choices=("grain",), help="measure Grain's own DataLoader besides, same work")
+    flags = config.parse(parser, rest)
+    asked = flags.arguments
+    bench_data.show(bench_data.bench(flags.config, asked.seconds, (asked.against,) if asked.against else ()))
+    return exits.DONE
+
+
 def prepare(argv: Sequence[str]) -> int:
     """Turn the text of a config into tokens on disk, once; the same command again goes on where it stopped."""
     with exits.importing():
@@ -112,6 +129,7 @@ VERBS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "config": show,
     "batch": batch,
     "data": show_data,
+    "bench": bench,
     "prepare": prepare,
 }
 

@@ -17,6 +17,7 @@ from flaxmodels.console import human, human_bytes
 from flaxmodels.data import order
 from flaxmodels.data.split import SKIP, Source, Split, Tokenizer
 from flaxmodels.job import Job
+from flaxmodels.perf import bench_data
 from flaxmodels.registry import UserError
 
 if TYPE_CHECKING:
@@ -219,6 +220,8 @@ def summary(job: Job) -> Iterator[str]:
     yield ""
     steps = source.train.size / size
     yield f"global batch {size}: {steps:.4g} steps an epoch"
+    way, speed = bench_data.speed(job)
+    yield f"loads   {human(speed)} examples a second, {way}"
     yield "identity, which a resumed run must share:"
     yield from (f"  {name:<14} {value}" for name, value in job.identity.items())
 

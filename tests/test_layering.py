@@ -23,8 +23,9 @@ LAYERS = (
     ("sections",),
     ("job",),
     ("resume",),
-    ("loop", "looking"),
+    ("loop",),
     ("perf", "verify", "inference"),
+    ("looking",),
     ("cli",),
     ("__main__", "train.py"),
 )

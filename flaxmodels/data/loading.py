@@ -151,8 +151,6 @@ def _worker(name: str, make: Callable[[int], Any], numbers: range, loading: Load
             process.kill()  # also what is stopped or hangs
             process.join(KILLED)
             atexit.unregister(process.kill)
-            if process.exitcode is not None:
-                process.close()
 
 
 def _started(name: str, arguments: tuple[Any, ...], loading: Loading) -> BaseProcess:
