@@ -162,15 +162,17 @@ class Checkpoints:
         )
         self._saved_at = time.monotonic()
 
-    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON data that a step on disk was saved with."""
+        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return dict(found["meta"])
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Read a step onto the mesh of `abstract`, whatever mesh it was saved from.
 
         Args:
           step: one of the steps on disk.
           abstract: `jax.ShapeDtypeStruct` with shardings, the tree of `state.init`.
-
-        Returns:
-          (state, meta).
 
         Raises:
           UserError: the checkpoint does not hold such a state.
@@ -189,7 +191,6 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
                     rest=ocp.args.StandardRestore(rest),
-                    meta=ocp.args.JsonRestore(),
                 ),
             )
         except (ValueError, KeyError, FileNotFoundError) as error:
@@ -198,7 +199,7 @@ class Checkpoints:
                 f"{str(error).strip().splitlines()[0]}\n"
                 "Go back to the config that it was trained with, or choose another --workdir."
             ) from error
-        return TrainState(params=found["params"], **found["rest"]), found["meta"]
+        return TrainState(params=found["params"], **found["rest"])
 
     def check(self) -> None:
         """Raise the error of a save that failed in the background, if one did."""

@@ -27,9 +27,12 @@ def evaluate(argv: Sequence[str]) -> int:
 
     parser = config.parser("flaxmodels eval", "Evaluate a checkpoint on the whole evaluation split.")
     parser.add_argument("--step", default="best", help="best, latest, or a step on disk (default: best)")
+    parser.add_argument("--allow_data_change", action="store_true", help="evaluate on other data")
     flags = config.parse(parser, argv)
-    assembled = job.assemble(flags.config)
-    step, found, count = loop.evaluate_checkpoint(assembled, flags.workdir, flags.arguments.step)
+    asked, assembled = flags.arguments, job.assemble(flags.config)
+    step, found, count = loop.evaluate_checkpoint(
+        assembled, flags.workdir, asked.step, allow_data_change=asked.allow_data_change
+    )
     print(f"{flags.workdir}, step {step}, {count:g} weighted {assembled.source.name!r} targets")
     for name, value in sorted(found.items()):
         print(f"  {name:<24} {value:.6g}")
@@ -43,9 +46,10 @@ def show(argv: Sequence[str]) -> int:
 
     flags = config.parse(config.parser("flaxmodels config", "Print every key, its value and its origin."), argv)
     rows = sections.resolved(flags.config, flags.overridden)
-    width, middle = max(len(key) for key, _, _ in rows), min(max(len(repr(value)) for _, value, _ in rows), 48)
-    for key, value, origin in rows:
-        print(f"{key:<{width}}  {value!r:<{middle}}  {origin}")
+    shown = [(key, registry.quote(value), origin) for key, value, origin in rows]
+    width, middle = max(len(key) for key, _, _ in rows), min(max(len(value) for _, value, _ in shown), 48)
+    for key, value, origin in shown:
+        print(f"{key:<{width}}  {value:<{middle}}  {origin}")
     return exits.DONE
 
 
@@ -57,7 +61,7 @@ def batch(argv: Sequence[str]) -> int:
     parser = config.parser("flaxmodels batch", "Show any past or future batch as the step sees it.")
     parser.add_argument("--step", type=_number, default=0, help="train: steps made before it; test: its number (0)")
     parser.add_argument("--split", choices=("train", "test"), default="train", help="which split (default: train)")
-    parser.add_argument("--examples", type=_number, help="how many to show (default: 64 images, 8 texts)")
+    parser.add_argument("--examples", type=_count, help="how many to show (default: 64 images, 8 texts)")
     parser.add_argument("--to", type=Path, help="PNG for images (default: WORKDIR/batch_SPLIT_STEP.png)")
     flags = config.parse(parser, argv)
     asked = flags.arguments
@@ -118,8 +122,14 @@ def prepare(argv: Sequence[str]) -> int:
 
 
 def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number: expected an integer from 0 on")
+    if not text.isdecimal() or int(text) > registry.LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: expected an integer from 0 to {registry.LONGEST}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not _number(text):
+        raise argparse.ArgumentTypeError("'0' shows nothing: expected 1 or more")
     return int(text)
 
 

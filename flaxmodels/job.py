@@ -80,6 +80,7 @@ class Job:
         options, source = self.config["data"], self.source
         return {
             "source": source.name,
+            "options": registry.storable(_own_options(sections.split_data(options)[1])),
             "content": source.fingerprint,
             "examples": source.train.size,
             "test examples": source.test.size,
@@ -160,6 +161,8 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
     source, train, test, placed = _feeds(source, mesh, batching)
     augmented = augment.make(batching["augment"], seed=written["seed"], facts=source.facts)
+    index = jax.ShapeDtypeStruct((train.batch_size,), "int32")
+    jax.eval_shape(augmented, train.example(), index, jax.ShapeDtypeStruct((), "int32"))  # does it fit the data?
     rules = sections.rules(**checked["sharding"])
     with bad_fit():
         fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
@@ -192,12 +195,24 @@ def bad_fit() -> Iterator[None]:
         raise UserError(f"{section}: {error}\nCheck that {section}.name and its options fit data.name.") from error
 
 
+def _own_options(options: Mapping[str, Any]) -> Any:
+    """Options of sources that are not ours: we can't know which of them decide what the data are."""
+    if options["name"] in data.SOURCES:
+        return [_own_options(part) for part in options.get("sources", ())]
+    return options
+
+
 def _feeds(source: Source, mesh: Mesh, batching: Mapping[str, Any]) -> tuple[Source, Feed, Feed, str]:
     """The source, read into memory where that is its place; the feeds of its splits; and a line for the log."""
     loading, functions = batching["loading"], host_augment.make(batching["host_augment"])
     asked = {"data.host_augment": functions, f"data.workers={loading.workers}": loading.workers}
     on_host = next((name for name, value in asked.items() if value), "")
     placed, why = choose(batching["placement"], source, mesh, on_host=on_host)
+    if placed == "host" and loading.workers and not functions:
+        raise UserError(
+            f"data.workers={loading.workers} would have nothing to do: the data are in memory, where one thread "
+            "gathers rows faster than processes could send them. Leave it out."
+        )
     if placed != "disk":
         source = dataclasses.replace(source, train=source.train.read(), test=source.test.read())
     feed = partial(Feed, mesh=mesh, resident=placed == "device", loading=loading)
@@ -236,5 +251,12 @@ def _fill(options: dict[str, Any], source: Source) -> dict[str, Any]:
             raise UserError(
                 f"model.{key}={options[key]} is too small: data {source.name!r} has {key}={value}. "
                 "Leave it out to take it from the data."
+            )
+    for key in sections.SECTIONS["model"].filled:
+        if key in fields and fields[key].default is fields[key].empty and key not in options:
+            knows = ", ".join(f"{name}={value}" for name, value in source.facts.items()) or "nothing of the kind"
+            raise UserError(
+                f"model.{key} is not set, and data {source.name!r} does not tell: it knows {knows}. "
+                f"Is model.name={options['name']!r} for such data? If so, set --config.model.{key}=NUMBER."
             )
     return options

@@ -28,7 +28,7 @@ Which = Literal["train", "test"]
 # Examples of a split that `summary` looks at: of more, this many spread evenly.
 SAMPLE = 2**17
 _CHUNK = 1024
-_BAR = 40  # characters of the longest bar
+_BAR, _BARS = 40, 24  # characters of the longest bar; the most bars
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Shown:
     """One batch, on the host.
 
     Attributes:
-      index: (B,) the example ids; -1 is padding, or an example that could not be read.
+      index: (B,) the example ids; -1 is padding.
+      unread: (B,) bool, examples that could not be read.
       inputs: (B, ...) array, or a dict of them.
       targets: (B, ...).
       weights: (B, ...) float32.
     """
 
     index: np.ndarray
+    unread: np.ndarray
     inputs: Any
     targets: np.ndarray
     weights: np.ndarray
@@ -56,16 +58,19 @@ def batch_at(job: Job, step: int, which: Which = "train") -> Shown:
     """
     if which == "train":
         each, every = job.train.train_at(job.seed, step)
-        batch = jax.jit(lambda: job.augment(job.train.batch(each, every), each["index"], np.int32(step)))()
+        augmented = jax.jit(lambda e, all, at: job.augment(job.train.batch(e, all), e["index"], at))
+        batch = augmented(each, every, np.int32(step))
     else:
         batches = order.eval_batches(job.test.batch_size, job.test.split.size)
         if step >= batches:
             raise UserError(f"--step={step}: an evaluation has {batches} batches, numbered from 0.")
         each, every = job.test.eval_at(step)
-        batch = jax.jit(lambda: job.test.batch(each, every))()
+        batch = jax.jit(job.test.batch)(each, every)
     found = jax.device_get({"index": each["index"], **batch})
-    unread = jax.device_get(each.get("rows", {}).get(SKIP, np.zeros(1, bool)))
-    return Shown(np.where(unread, -1, found["index"]), found["inputs"], found["targets"], found["weights"])
+    feed = job.train if which == "train" else job.test
+    rows = feed.split.gather(feed.split.arrays, found["index"]) if feed.resident else jax.device_get(each["rows"])
+    unread = rows.get(SKIP, np.zeros(len(found["index"]), bool))
+    return Shown(found["index"], unread, found["inputs"], found["targets"], found["weights"])
 
 
 def is_image(inputs: Any) -> bool:
@@ -75,7 +80,9 @@ def is_image(inputs: Any) -> bool:
 
 def is_text(inputs: Any) -> bool:
     """Whether inputs look like token ids: (B, T) integers, or a dict with "tokens"."""
-    tokens = np.asarray(inputs.get("tokens", 0.0) if isinstance(inputs, dict) else inputs)
+    if isinstance(inputs, dict):
+        inputs = inputs["tokens"] if {"tokens", "segments"} <= set(inputs) else 0.0
+    tokens = np.asarray(inputs)
     return tokens.ndim == 2 and tokens.dtype.kind in "iu"
 
 
@@ -102,6 +109,7 @@ def picture(shown: Shown, labels: Sequence[str] = (), most: int = 64) -> "Image"
         tile = Image.fromarray(bytes_[..., 0] if bytes_.shape[-1] == 1 else bytes_)
         sheet.paste(tile.resize((width * times, height * times), Image.Resampling.NEAREST), (left, top))
         said = _label(shown.targets[place], labels) if shown.weights[place].any() else "weight 0"
+        said = "unreadable" if shown.unread[place] else said
         for line, text in enumerate((said, f"#{shown.index[place]}")):
             draw.text((left, top + height * times + 1 + 13 * line), _fitting(text, cell[0] - 6, font), "black", font)
     return sheet
@@ -114,14 +122,19 @@ def _fitting(text: str, width: float, font: Any) -> str:
 
 
 def _label(target: Any, labels: Sequence[str]) -> str:
-    """A class by name; a soft target by its classes with their shares; another target as a number."""
+    """A class by name; a soft target by its classes with their shares; another target as its numbers."""
 
     def name(number: int) -> str:
-        return labels[number] if 0 <= number < len(labels) else str(number)
+        return _printable(labels[number]) if 0 <= number < len(labels) else str(number)
 
     target = np.asarray(target)
     if target.ndim == 0:
-        return name(int(target)) if target.dtype.kind in "iu" else f"{target:.3g}"
+        return name(int(target)) if target.dtype.kind in "iu" else f"{target:.4g}"
+    if target.size == 1:
+        return f"{target.item():.4g}"
+    if target.dtype.kind != "f" or target.ndim > 1 or target.min() < 0 or abs(target.sum() - 1) > 1e-3:
+        more = ", ..." if target.size > 4 else ""
+        return f"[{', '.join(f'{value:.4g}' for value in target.ravel()[:4].tolist())}{more}]"
     shares = [i for i in np.argsort(-target, kind="stable")[:2] if target[i] > 0.005]
     return ", ".join(f"{name(int(i))} {target[i]:.0%}" if len(shares) > 1 else name(int(i)) for i in shares)
 
@@ -143,8 +156,9 @@ def windows(shown: Shown, tokenizer: Tokenizer | None, labels: Sequence[str] = (
         weights = shown.weights[place] if per_token else np.ones(len(segments))
         label = "" if per_token else f"  label {_label(shown.targets[place], labels)}"
         counted = f"{int((weights * (segments > 0)).astype(bool).sum())} of {len(segments)} tokens count"
-        if shown.index[place] < 0:
-            yield f"\n#{shown.index[place]}  row {place}  padding: nothing counts"
+        if shown.index[place] < 0 or shown.unread[place]:
+            why = "padding" if shown.index[place] < 0 else "could not be read"
+            yield f"\n#{shown.index[place]}  row {place}  {why}: nothing counts"
             continue
         yield f"\n#{shown.index[place]}  row {place}{label}  {counted}"
         yield _marked(tokens[place], segments, weights, tokenizer)
@@ -180,7 +194,8 @@ def numbers(shown: Shown, most: int = 16) -> Iterator[str]:
         leaves = [np.asarray(leaf[place], np.float64) for leaf in jax.tree.leaves(shown.inputs)]
         inputs = "  ".join(f"{leaf.shape} {leaf.min():.4g}..{leaf.max():.4g} mean {leaf.mean():.4g}" for leaf in leaves)
         weight = float(np.mean(shown.weights[place]))
-        yield f"#{shown.index[place]:<8} inputs {inputs}  target {_label(shown.targets[place], ())}  weight {weight:g}"
+        target = "could not be read" if shown.unread[place] else f"target {_label(shown.targets[place], ())}"
+        yield f"#{shown.index[place]:<8} inputs {inputs}  {target}  weight {weight:g}"
 
 
 def write_batch(job: Job, step: int, which: Which, to: Path, most: int | None = None) -> Iterator[str]:
@@ -202,7 +217,7 @@ def write_batch(job: Job, step: int, which: Which, to: Path, most: int | None = 
             raise UserError(
                 f"--to={str(to)!r} can't be written: {error}. Name a file that can, such as batch.png."
             ) from error
-        yield f"ids: {' '.join(map(str, shown.index))}"
+        yield f"ids: {' '.join(map(str, shown.index[: most or 64]))}"
         yield f"picture: {to}"
     elif is_text(shown.inputs):
         yield from windows(shown, source.tokenizer, source.labels, most or 8)
@@ -237,9 +252,15 @@ def verify(job: Job) -> Iterator[str]:
 
 
 def _split_lines(name: str, split: Split, source: Source) -> Iterator[str]:
-    targets, lengths = _looked_at(split)
-    looked = "" if len(lengths) == split.size else f" ({len(lengths):,} looked at)"
-    yield f"{name}  {split.size:,} examples{looked}"
+    targets, lengths, unread = _looked_at(split)
+    looked = "" if len(lengths) + unread == split.size else f" ({len(lengths) + unread:,} looked at)"
+    yield f"{name}  {split.size:,} examples{looked}" + (f"; {unread:,} could not be read" if unread else "")
+    if not len(lengths):
+        return
+    start = 0
+    for number, (size, slots) in enumerate(split.mixture):
+        yield f"  part {number}  ids {start:,} to {start + size - 1:,}: {slots / order.PERIOD:.1%} of each batch"
+        start += size
     if lengths.max(initial=1) > 1:
         total = lengths.sum() * (split.size / max(len(lengths), 1))
         yield f"  tokens that count: {human(float(total))}, {lengths.mean():.1f} an example"
@@ -249,30 +270,41 @@ def _split_lines(name: str, split: Split, source: Source) -> Iterator[str]:
     if targets.ndim == 1 and targets.dtype.kind in "iu" and "classes" in source.facts:
         counts = np.bincount(targets, minlength=source.facts["classes"])
         yield from _bars([_label(np.int32(i), source.labels) for i in range(len(counts))], counts)
-    elif targets.ndim == 1 and targets.dtype.kind == "f" and len(targets):
-        yield f"  targets {targets.min():.4g}..{targets.max():.4g}, mean {targets.mean():.4g}, std {targets.std():.4g}"
+    elif targets.dtype.kind == "f" and targets.ndim <= 2:
+        for number, values in enumerate(targets.reshape(len(targets), -1).T[:8]):
+            spread = f"{values.min():.4g}..{values.max():.4g}, mean {values.mean():.4g}, std {values.std():.4g}"
+            yield f"  target {number}: {spread}"
 
 
-def _looked_at(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """(targets (N, ...) of those examples that have weight, how many weights of each are not 0 (N,))."""
+def _looked_at(split: Split) -> tuple[np.ndarray, np.ndarray, int]:
+    """(targets (N, ...), how many weights of each are not 0 (N,), how many more could not be read)."""
     prepare = jax.jit(split.prepare)
     chosen = np.unique(np.linspace(0, split.size - 1, min(split.size, SAMPLE)).astype(np.int32))
-    targets, lengths = [], []
+    targets, lengths, unread = [], [], 0
     for start in range(0, len(chosen), _CHUNK):
         index = np.full(_CHUNK, -1, np.int32)  # one shape, so that it compiles once
         index[: len(chosen) - start] = chosen[start : start + _CHUNK]
         rows = dict(split.gather(split.arrays, index))
-        index = np.where(rows.pop(SKIP, np.False_), np.int32(-1), index)
+        skip = rows.pop(SKIP, np.False_) & (index >= 0)
+        index, unread = np.where(skip, np.int32(-1), index), unread + int(skip.sum())
         batch = jax.device_get(prepare(rows, index))
         inputs = batch["inputs"]
-        real = batch["weights"] if batch["weights"].ndim > 1 or not isinstance(inputs, dict) else inputs["segments"]
+        real = batch["weights"]
+        if real.ndim == 1 and isinstance(inputs, dict) and "segments" in inputs:
+            real = inputs["segments"]
         there = index >= 0
         targets.append(batch["targets"][there])
         lengths.append((real.reshape(len(real), -1) > 0).sum(1)[there])
-    return np.concatenate(targets), np.concatenate(lengths)
+    return np.concatenate(targets), np.concatenate(lengths), unread
 
 
 def _bars(names: Sequence[str], counts: np.ndarray) -> Iterator[str]:
-    width, most = max(map(len, names)), max(int(counts.max()), 1)
-    for name, count in zip(names, counts.tolist()):
-        yield f"  {name:>{width}}  {count:>9,}  {'█' * round(_BAR * count / most)}".rstrip()
+    """A bar each; of more than `_BARS` the largest and the smallest."""
+    chosen = list(range(len(counts)))
+    if len(counts) > _BARS:
+        chosen = np.argsort(-counts, kind="stable").tolist()
+        yield f"  {len(counts):,} of them; the {_BARS // 2} largest and smallest:"
+        chosen = [*chosen[: _BARS // 2], *chosen[-(_BARS // 2) :]]
+    width, most = max(len(names[i]) for i in chosen), max(int(counts.max()), 1)
+    for i in chosen:
+        yield f"  {names[i]:>{width}}  {counts[i]:>9,}  {'█' * round(_BAR * counts[i] / most)}".rstrip()

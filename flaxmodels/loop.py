@@ -11,7 +11,9 @@ randomness), and `Memory`, the few host-side numbers that lines of the log depen
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
+import multiprocessing
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ import jax
 
 from flaxmodels import metrics, optim, registry, resume, sections, sharding
 from flaxmodels.checkpoint import Checkpoints
+from flaxmodels.data.loading import WORKER
 from flaxmodels.evaluate import StoppedError, evaluate
 from flaxmodels.job import Job, assemble
 from flaxmodels.registry import UserError
@@ -74,6 +77,11 @@ def fit(
     Raises:
       UserError: bad input of any kind, before the first step.
     """
+    if multiprocessing.current_process().name.startswith(WORKER):
+        raise UserError(
+            "fit was called by a data worker, which imports the script that started it: call fit below "
+            '`if __name__ == "__main__":`, or set data.workers=0.'
+        )
     workdir, rows = Path(workdir), sections.resolved(config)
     resolved = {key: value for key, value, _ in rows}
     devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
@@ -88,7 +96,7 @@ def fit(
         evaluation = _evaluation(job)
         # From here on there may be something to save; before, a signal simply ends the process.
         with Stop() as stop, contextlib.closing(_checkpoints(job, workdir)) as checkpoints:
-            state, memory = resume.start(job, checkpoints, allow_data_change=allow_data_change)
+            state, memory, changes = resume.start(job, checkpoints, allow_data_change=allow_data_change)
             start = int(state.step)
             resume.write_config(workdir, resolved)
             with Writers(
@@ -98,7 +106,9 @@ def fit(
                 examples_per_step=job.train.batch_size,
                 stream=stream,
             ) as writers:
-                for note in (*job.notes, f"workdir: {workdir}" + (f", resumed at step {start}" if start else "")):
+                resumed = f", resumed at step {start}" if start else ""
+                other = (f"going on with other data: {changes}",) if changes else ()
+                for note in (*job.notes, f"workdir: {workdir}{resumed}", *other):
                     writers.note(note)
                 writers.parameter_table(parameter_rows(job.abstract.params))
                 run = Run(job, checkpoints, writers, stop, memory, resolved, evaluation)
@@ -116,13 +126,16 @@ def _checkpoints(job: Job, workdir: Path, *, read_only: bool = False) -> Checkpo
     return Checkpoints(workdir / "checkpoints", **options)
 
 
-def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> tuple[int, dict[str, float], float]:
+def evaluate_checkpoint(
+    job: Job, workdir: str | Path, which: str = "best", *, allow_data_change: bool = False
+) -> tuple[int, dict[str, float], float]:
     """Evaluate a checkpoint on the whole evaluation split, with the averaged parameters where there are some.
 
     Args:
       job: of the config that the workdir was trained with.
       workdir: of a run; only read.
       which: "best", "latest", or a step.
+      allow_data_change: evaluate on other data than those that the workdir was trained with.
 
     Returns:
       (step, metrics, the weight that counted).
@@ -140,8 +153,13 @@ def evaluate_checkpoint(job: Job, workdir: str | Path, which: str = "best") -> t
         if step is None or step not in steps:
             known = [*named, *map(str, steps)]
             raise UserError(f"--step={which!r} is not in {str(folder)!r}. {registry.suggest(which, known)}")
-        state, found = checkpoints.restore(step, job.abstract)
-    resume.same_data(job, found, resume.EVALUATED)
+        changes = resume.data_changes(job, checkpoints.meta(step), resume.EVALUATED)
+        if changes and not allow_data_change:
+            raise UserError(
+                f"data {job.source.name!r} is not what the workdir was trained with: {changes}. "
+                "Restore the data, or evaluate on these with --allow_data_change."
+            )
+        state = checkpoints.restore(step, job.abstract)
     lowered, names = job.lower_eval()
     params = optim.parameters_average(state.opt_state, state.params)
     return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)
@@ -205,7 +223,8 @@ class Run:
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
         self._watch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
-        self._waited, self._unreadable = 0.0, 0
+        self._waits: list[float] = []
+        self._unreadable = 0
 
     def begin(self, state: TrainState) -> int:
         """The step to go on from. Evaluates it where that is still to do, or all that there is to do."""
@@ -237,11 +256,12 @@ class Run:
                 yield program, first + count, feed
 
     def _timed(self, feeds: Iterator[Any]) -> Iterator[Any]:
-        """`feeds`, counting the seconds that the loop waits for them."""
-        while True:
+        """`feeds`, counting the seconds that the loop waits for the first one, and for all others."""
+        self._waits = [0.0, 0.0]
+        for number in itertools.count():
             begun = time.monotonic()
             feed = next(feeds, None)
-            self._waited += time.monotonic() - begun
+            self._waits[number > 0] += time.monotonic() - begun
             if feed is None:
                 return
             yield feed
@@ -265,7 +285,10 @@ class Run:
         self._warn_of_unreadable()
         if finished:
             self.writers.note(f"finished: {finished}")
-            self.writers.note(f"waited for data: {self._waited:.2f} s of {seconds:.1f} s, {self._waited / seconds:.1%}")
+            if self._waits:
+                first, others = self._waits
+                share = f"{others:.2f} s of {seconds:.1f} s, {others / seconds:.1%}"
+                self.writers.note(f"waited for data: {share}; and {first:.2f} s for the first of them")
             self.writers.final(self.evaluation, seconds)
         elif self.stop.signal is not None:
             code = exits.SIGNALLED + self.stop.signal
@@ -305,10 +328,13 @@ class Run:
         self.writers.write(step, {f"train/{k}": v for k, v in means.items()} | {"perf/examples_per_second": speed})
 
     def _warn_of_unreadable(self) -> None:
-        found = self.job.train.skipped + self.job.test.skipped
-        if found > self._unreadable:
+        feeds = (self.job.train, self.job.test)
+        found, seen = sum(feed.skipped for feed in feeds), sum(feed.seen for feed in feeds)
+        if found > 2 * self._unreadable:  # else every line of the log would be followed by one
             self._unreadable = found
-            self.writers.note(f"warning: examples could not be read, and were left out: {found} so far")
+            self.writers.note(f"warning: {found:,} of {seen:,} examples could not be read so far, and were left out")
+        if any(feed.seen == feed.skipped > 0 for feed in feeds):
+            raise UserError("not one example could be read: `flaxmodels data --verify` names what is damaged.")
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.job.cadence.eval_every

@@ -46,11 +46,17 @@ def softmax_cross_entropy(
       (sum, count) of "loss" and of each of `metrics`.
 
     Raises:
-      ValueError: integer targets do not have the shape of outputs without their last axis, float ones not that of
-        outputs, or weights not the former.
+      ValueError: fewer than 2 classes; integer targets do not have the shape of outputs without their last axis, float
+        ones not that of outputs, or weights not the former.
       UserError: "bits_per_byte" without `token_bytes` or of float targets, or `top_k` over the number of classes.
     """
     logits, targets, weights = outputs.astype(jnp.float32), batch["targets"], batch["weights"]
+    if logits.shape[-1] < 2:  # of one class, any output has loss 0, and is right
+        raise ValueError(
+            f"outputs have shape {logits.shape}, and softmax_cross_entropy is of at least 2 classes. For numbers set "
+            "loss.name=mean_squared_error, for one answer of yes or no sigmoid_cross_entropy; targets that number "
+            "classes must be integers, which floats such as 0.0, 1.0 and 2.0 are not."
+        )
     soft = jnp.issubdtype(targets.dtype, jnp.floating)
     expected = logits.shape if soft else logits.shape[:-1]
     if targets.shape != expected:  # broadcasting here would be silent nonsense

@@ -153,7 +153,7 @@ def bind(
     checked = {}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"{where}.{key}={value!r}: unknown key. {suggest(key, known)}")
+            raise UserError(f"{where}.{key}={quote(value)}: unknown key. {suggest(key, known)}")
         checked[key] = check(value, known[key].annotation, f"{where}.{key}", convert)
     missing = [k for k, p in known.items() if p.default is p.empty and k not in options and k not in optional]
     if missing:
@@ -172,7 +172,7 @@ def check(value: Any, annotation: Any, where: str, convert: Callable[[str, str],
     if is_duration and isinstance(value, str) and convert is not None:
         value = convert(value, where)
     elif not (is_duration and isinstance(value, str)) and not accepts(value, annotation):
-        raise UserError(f"{where}={value!r} has the wrong type: expected {spell(annotation)}.")
+        raise UserError(f"{where}={quote(value)} has the wrong type: expected {spell(annotation)}.")
     _check_numbers(value, bounds, where)
     return value
 
@@ -241,11 +241,21 @@ def spell(annotation: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(a) for a in arguments)
     if origin in (tuple, list, Sequence):
-        return f"a list of {spell(arguments[0])}" if arguments else "a list"
+        inside = "dicts" if arguments[:1] == (dict,) else spell(arguments[0]) if arguments else ""
+        return f"a list of {inside}" if inside else "a list"
     if annotation in (None, type(None)):
         return "None"
     names = {int: "an integer", float: "a number", str: "a string", bool: "True or False", dict: "a dict"}
     return names.get(origin or annotation, str(annotation))
+
+
+def quote(value: Any) -> str:
+    """A value for a message, as `repr` has it; of an array its dtype and shape."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {quote(item)}' for key, item in value.items())}}}"
+    if getattr(value, "shape", ()) and hasattr(value, "dtype"):
+        return f"<{value.dtype} array {tuple(value.shape)}>"
+    return repr(value)
 
 
 def storable(value: Any) -> Any:
@@ -259,6 +269,8 @@ def storable(value: Any) -> Any:
         return [storable(v) for v in value]
     if value is None or isinstance(value, str | int | float):
         return value
+    if hasattr(value, "item") and getattr(value, "shape", None) == ():  # a number of NumPy's
+        return value.item()
     name = getattr(value, "__qualname__", None) or getattr(value, "name", None)
     home = getattr(value, "__module__", None) or type(value).__module__
     return f"{home}:{name}" if isinstance(name, str) else f"{type(value).__module__}:{type(value).__qualname__}"

@@ -18,7 +18,7 @@ FREE_KEYS = (
     "sharding.", "data.",
 )  # fmt: skip
 # Fields of `Job.identity` that decide what an evaluation sees.
-EVALUATED = ("source", "content", "test examples", "transforms", "tokenizer")
+EVALUATED = ("source", "options", "content", "test examples", "transforms", "tokenizer")
 
 
 @dataclasses.dataclass
@@ -47,43 +47,45 @@ def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False) -> tuple[TrainState, Memory]:
-    """The newest checkpoint, or a fresh state.
+def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False) -> tuple[TrainState, Memory, str]:
+    """The newest checkpoint, or a fresh state; and how its data differ from the job's, where that is allowed.
 
     Raises:
       UserError: the newest step is beyond the end of the run, does not fit the model, or was trained on other data.
     """
     newest = checkpoints.latest()
     if newest is None:
-        return job.fresh(), Memory()
+        return job.fresh(), Memory(), ""
     if newest > job.total_steps:
         raise UserError(
             f"train.duration is {job.total_steps} steps, but the workdir is at step {newest} already: "
             "choose a longer duration, or another --workdir."
         )
-    state, found = checkpoints.restore(newest, job.abstract)
-    if not allow_data_change:
-        same_data(job, found)
-    known = {field.name for field in dataclasses.fields(Memory)}
-    return state, Memory(**{key: value for key, value in found["memory"].items() if key in known})
-
-
-def same_data(job: Job, found: Mapping[str, Any], fields: Sequence[str] = ()) -> None:
-    """UserError, which names the fields that differ, unless a checkpoint's meta is of the same data.
-
-    Args:
-      job: of the config.
-      found: the meta.
-      fields: of `Job.identity` to compare; () compares all.
-    """
-    old, now = found.get("data", {}), job.identity
-    differ = [name for name in fields or now if old.get(name) != now[name]]
-    if differ:
-        changes = "; ".join(f"{name} was {old.get(name)!r}, is {now[name]!r}" for name in differ)
+    found = checkpoints.meta(newest)  # before the arrays: another vocabulary makes them of another shape
+    changes = data_changes(job, found)
+    if changes and not allow_data_change:
         raise UserError(
             f"data {job.source.name!r} is not what the workdir was trained on: {changes}. "
             "Restore the data, choose another --workdir, or go on with these from here with --allow_data_change."
         )
+    known = {field.name for field in dataclasses.fields(Memory)}
+    memory = Memory(**{key: value for key, value in found["memory"].items() if key in known})
+    if data_changes(job, found, EVALUATED):  # what was best was so on other data
+        memory = dataclasses.replace(memory, best=None, stale=0)
+    return checkpoints.restore(newest, job.abstract), memory, changes
+
+
+def data_changes(job: Job, found: Mapping[str, Any], fields: Sequence[str] = ()) -> str:
+    """How the data of a job differ from those of a checkpoint, in words; "" where they are the same.
+
+    Args:
+      job: of the config.
+      found: the meta of the checkpoint.
+      fields: of `Job.identity` to compare; () compares all.
+    """
+    old, now = found.get("data", {}), job.identity
+    differ = [name for name in fields or now if old.get(name) != now[name]]
+    return "; ".join(f"{name} was {old.get(name)!r}, is {now[name]!r}" for name in differ)
 
 
 def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) -> None:

@@ -54,8 +54,8 @@ def batching(
     threads: Annotated[int, Range(1, 1024)] = 8,
     prefetch: Annotated[int, Range(1, 1024)] = 2,
     timeout: Annotated[float, Range(1, 86400)] = 60.0,
-    augment: tuple = (),
-    host_augment: tuple = (),
+    augment: tuple[dict, ...] = (),
+    host_augment: tuple[dict, ...] = (),
 ) -> dict[str, Any]:
     """The options of `data` that are not the source's own.
 

@@ -14,7 +14,9 @@ import small
 from conftest import ROOT
 
 from flaxmodels import loop
+from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data import order
+from flaxmodels.data.feed import _columns
 from flaxmodels.job import assemble
 from flaxmodels.registry import UserError
 
@@ -200,7 +202,7 @@ def test_what_can_not_be_read_is_left_out_in_its_place(tmp_path, placement):
         np.testing.assert_array_equal(np.asarray(there["inputs"])[~skipped], np.asarray(all_["inputs"])[~skipped])
     out = io.StringIO()
     loop.fit(stored(placement=placement, unreadable=unreadable), tmp_path, stream=out)
-    assert "could not be read, and were left out" in out.getvalue()
+    assert "examples could not be read so far, and were left out" in out.getvalue()
 
 
 def test_microbatches_train_alike():
@@ -225,6 +227,7 @@ def test_microbatches_train_alike():
         ({"train": {"microbatches": 8}}, "data.batch_size / train.microbatches=4 does not divide over the 8 devices"),
         ({"data": {"placement": "device", "workers": 2}}, "data.placement='device' leaves nothing to do"),
         ({"data": {"name": "synthetic_images", "placement": "disk"}}, "reads everything into memory"),
+        ({"data": {"placement": "host", "workers": 2}}, "data.workers=2 would have nothing to do"),
         ({"data": {"workers": -1}}, "data.workers=-1 is out of range"),
         ({"data": {"augment": ({"name": "flipp"},)}}, "Did you mean 'flip'"),
     ],
@@ -295,6 +298,8 @@ ONE, TWO = {"name": "synthetic_images", "weight": 1}, {"name": "synthetic_images
         ((ONE, TWO), "data.sources[0].weight=1 beside 1000001 in all is less than one example in 1000"),
         ((ONE, ONE | {"weight": -1}), "data.sources[1].weight=-1 is out of range"),
         ((ONE, ONE | {"name": "synthetic_image"}), "data.sources[1].name='synthetic_image' does not exist"),
+        ((ONE | {"weight": 0}, ONE | {"weight": 0}), "all weights are 0"),
+        (({"name": "mixture", "sources": (ONE, ONE), "weight": 1}, ONE), "data.sources has a mixture in it"),
         ((ONE, ONE | {"sides": 2}), "data.sources[1].sides=2: unknown key. Did you mean 'side'?"),
     ],
 )
@@ -302,3 +307,77 @@ def test_bad_mixtures(sources, message):
     with pytest.raises(UserError) as error:
         assemble(small.config("mlp", data={"name": "mixture", "batch_size": 8, "sources": sources}))
     assert message in str(error.value)
+
+
+def test_parts_of_a_mixture_may_leave_out_and_need_other_dtypes(tmp_path):
+    """Packed texts number their documents in as many bits as they need; only one part has what could not be read."""
+    names = {"many": ("a b\n", 3000), "few": ("some words that make a longer line than that\n", 400)}
+    for name, (line, times) in names.items():
+        (tmp_path / f"{name}.txt").write_text("".join(f"{i} {line}" for i in range(times)))
+    parts = tuple({"name": "lines", "path": str(tmp_path / f"{n}.txt"), "length": 2048, "weight": 1} for n in names)
+    counts = {}
+    for sources in (parts, parts[::-1]):
+        for placement in ("disk", "host", "device"):
+            base = {"name": "mixture", "batch_size": 8, "sources": sources, "placement": placement}
+            job = assemble(small.config("transformer", data=base))
+            batches = [job.test.batch(each, every) for each, every in job.test.evaluation()]
+            counts[sources[0]["path"], placement] = sum(float(b["weights"].sum()) for b in batches)
+            most = max(int(b["inputs"]["segments"].max()) for b in batches)
+            assert most > 255, "more documents in a window than a byte can count"
+    alone = [small.config("transformer", data={k: v for k, v in part.items() if k != "weight"}) for part in parts]
+    jobs = [assemble(config | {"data": config["data"] | {"batch_size": 8}}) for config in alone]
+    found = [sum(float(j.test.batch(*b)["weights"].sum()) for b in j.test.evaluation()) for j in jobs]
+    assert set(counts.values()) == {sum(found)}
+
+    unread = {"name": "small:stored_images", "examples": 40, "unreadable": (3, 5), "weight": 1}
+    sources = ({"name": "synthetic_images", "examples": 40, "weight": 1}, unread)
+    job = assemble(small.config("mlp", data={"name": "mixture", "batch_size": 16, "sources": sources}))
+    each = [job.train.train_at(0, step) for step in range(5)]
+    weights = np.concatenate([job.train.batch(*one)["weights"] for one in each])
+    index = np.concatenate([one[0]["index"] for one in each])
+    np.testing.assert_array_equal(weights == 0, np.isin(index, (43, 45)))
+
+
+def test_columns_of_several_spans():
+    index = np.arange(24).reshape(2, 12)
+    assert _columns(index, ((0, 12),)) is index
+    np.testing.assert_array_equal(_columns(index, ((0, 2), (6, 8)))[1], [12, 13, 18, 19])
+
+
+def test_what_is_best_starts_anew_on_other_test_data(tmp_path):
+    config = stored()
+    config["train"] = {"duration": 4, "eval_every": 2, "patience": 50}
+    loop.fit(config, tmp_path, stream=io.StringIO())
+    config["data"] |= {"test_examples": 40}
+    config["train"]["duration"] = 6
+    out = io.StringIO()
+    loop.fit(config, tmp_path, allow_config_change=True, allow_data_change=True, stream=out)
+    assert "going on with other data: " in out.getvalue() and "test examples was 21, is 40" in out.getvalue()
+    job = assemble(config)
+    with pytest.raises(UserError, match="or evaluate on these with --allow_data_change"):
+        loop.evaluate_checkpoint(assemble(config | {"data": config["data"] | {"test_examples": 30}}), tmp_path)
+    assert loop.evaluate_checkpoint(job, tmp_path)[2] == 40
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    found = checkpoints.meta(checkpoints.latest())["memory"]
+    last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
+    assert found["best"] == last["eval/loss"] and found["stale"] == 0
+
+
+def test_options_of_an_own_source_are_part_of_its_identity(tmp_path):
+    """What they do to the data we can't know: they may not change without a word, in a mixture either."""
+    config = stored()
+    config["train"] = {"duration": 2}
+    loop.fit(config, tmp_path, stream=io.StringIO())
+    config["data"] = config["data"] | {"unreadable": (1,)}
+    config["train"] = {"duration": 3}
+    with pytest.raises(UserError, match=r"options was .*'unreadable': \[1\]"):
+        loop.fit(config, tmp_path, allow_config_change=True, stream=io.StringIO())
+    parts = ({"name": "synthetic_images", "weight": 1}, {"name": "small:stored_images", "seed": 5, "weight": 1})
+    job = assemble(small.config("mlp", data={"name": "mixture", "batch_size": 16, "sources": parts}))
+    assert job.identity["options"] == [[], {"name": "small:stored_images", "seed": 5, "weight": 1}]
+
+
+def test_nothing_readable_is_an_error(tmp_path):
+    config = stored(placement="disk", unreadable=tuple(range(SIZE)))
+    with pytest.raises(UserError, match="not one example could be read"):
+        loop.fit(config, tmp_path, stream=io.StringIO())

@@ -192,7 +192,7 @@ def test_restore_onto_any_mesh(tmp_path):
     saved = fit(config, tmp_path, devices=8)
     for mesh in (dict(data=8), dict(data=2, fsdp=4), dict(data=4, tensor=2)):
         job = assemble({**config, "mesh": mesh})
-        state, _ = Checkpoints(tmp_path / "checkpoints", read_only=True).restore(4, job.abstract)
+        state = Checkpoints(tmp_path / "checkpoints", read_only=True).restore(4, job.abstract)
         assert small.bits(state) == small.bits(saved.state)
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, job.abstract)
 

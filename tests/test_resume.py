@@ -67,7 +67,7 @@ def final_bits(workdir):
         override(config, key, text)
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     config.data.batch_size = 48
-    state, _ = checkpoints.restore(checkpoints.latest(), assemble(config, jax.devices()[:1]).abstract)
+    state = checkpoints.restore(checkpoints.latest(), assemble(config, jax.devices()[:1]).abstract)
     return small.bits(state)
 
 

@@ -117,8 +117,8 @@ class Feed:
       functions: of `host_augment`, for training.
 
     Attributes:
-      skipped: how many examples could not be read and were left out, as their source was told to: of the whole split
-        where it is in memory, else of what has been read so far.
+      skipped: how many examples could not be read and were left out, as their source was told to.
+      seen: of how many: the whole split where it is in memory, else all that were read so far.
     """
 
     def __init__(
@@ -133,8 +133,9 @@ class Feed:
     ) -> None:
         self.split, self.mesh, self.batch_size, self.resident = split, mesh, batch_size, resident
         self.loading, self.functions = loading or Loading(), functions
-        self.skipped = int(split.arrays.get(SKIP, np.False_).sum())
-        self._streams = not resident and bool(split.stored or self.loading.workers or functions)
+        self._streams = not resident and bool(split.stored or functions)
+        self.seen = 0 if self._streams else split.size
+        self.skipped = 0 if self._streams else int(split.arrays.get(SKIP, np.False_).sum())
 
     @functools.cached_property
     def every(self) -> dict[str, jax.Array]:
@@ -237,7 +238,8 @@ class Feed:
         """`reader` for each of `numbers`, read ahead; counts what could not be read."""
         with contextlib.closing(stream(reader, numbers, self.loading)) as read:
             for each in read:
-                self.skipped += int(each["rows"].get(SKIP, np.False_).sum())
+                self.seen += int((each["index"] >= 0).sum())
+                self.skipped += int((each["rows"].get(SKIP, np.False_) & (each["index"] >= 0)).sum())
                 yield each
 
     def train_at(self, seed: int, step: int) -> tuple[Any, Any]:

@@ -33,6 +33,8 @@ from flaxmodels.registry import UserError
 
 __all__ = ["Loading", "LoadingError", "stream"]
 
+# How the name of a worker process begins.
+WORKER = "Data worker"
 # Seconds that a worker process may take to start, at the least: it imports JAX, Grain and the user's script first.
 START = 60.0
 # Seconds in which the kernel ends a killed process, unless it waits for a disk.
@@ -82,7 +84,7 @@ def _processes(make: Callable[[int], Any], numbers: range, loading: Loading) -> 
     count = min(loading.workers, len(numbers))
     with contextlib.ExitStack() as stack:
         workers = [
-            stack.enter_context(_worker(f"Data worker {i} of {count}", make, numbers[i::count], loading))
+            stack.enter_context(_worker(f"{WORKER} {i} of {count}", make, numbers[i::count], loading))
             for i in range(count)
         ]
         for i in range(len(numbers)):

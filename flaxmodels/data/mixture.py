@@ -4,6 +4,7 @@ Each part keeps epochs of its own: a small part with a large weight comes round 
 training sequence takes is in `order`; the evaluation split is all parts' one after the other, each example once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,13 @@ from flaxmodels import data, registry
 from flaxmodels.data.order import PERIOD
 from flaxmodels.data.split import SKIP, Batch, Rows, Source, Split, fingerprint
 from flaxmodels.registry import UserError
+
+_REMEDIES = {
+    "facts": "Give all the same length, or the same classes.",
+    "tokenizer": 'Give all one tokenizer: tokens="bytes", or the path of one tokenizer.json.',
+    "labels": "Give all the same classes, by the same names.",
+    "rows": 'Give all the same size or length, and the same kind of windows: windows="packed".',
+}
 
 
 def mixture(sources: tuple[dict, ...]) -> Source:
@@ -52,7 +60,10 @@ def mixture(sources: tuple[dict, ...]) -> Source:
         fingerprint([[part.name, part.fingerprint] for part in parts]),
         first.tokens_per_example,
         first.token_bytes,
-        {"shares": list(slots), "parts": [dict(part.transforms) for part in parts]},
+        {
+            "shares": list(slots),
+            "parts": [{"name": part.name, "examples": part.train.size, **part.transforms} for part in parts],
+        },
         first.labels,
         first.tokenizer,
     )
@@ -61,7 +72,9 @@ def mixture(sources: tuple[dict, ...]) -> Source:
 def _slots(weights: Sequence[float]) -> tuple[int, ...]:
     """Positions of each part in a period: largest remainders first, so that they add up (Hamilton's method)."""
     total = sum(weights)
-    shares = [weight / total * PERIOD if total else 0.0 for weight in weights]
+    if not total:
+        raise UserError("data.sources: all weights are 0, so that nothing is dealt out. Give each source one over 0.")
+    shares = [weight / total * PERIOD for weight in weights]
     slots = [int(share) for share in shares]
     for number in sorted(range(len(shares)), key=lambda i: slots[i] - shares[i])[: PERIOD - sum(slots)]:
         slots[number] += 1
@@ -82,19 +95,28 @@ def _check_alike(parts: Sequence[Source]) -> None:
             if value != described[0][what]:
                 raise UserError(
                     f"data.sources[{number}] ({parts[number].name}) has {what} {value}, but data.sources[0] "
-                    f"({parts[0].name}) has {described[0][what]}: a mixture needs them equal."
+                    f"({parts[0].name}) has {described[0][what]}: a mixture needs them equal. "
+                    f"{_REMEDIES[what]}"
                 )
 
 
 def _looks(part: Source) -> dict[str, Any]:
-    row = _row(part.train).items()
-    shapes = {name: (*values.shape[1:], values.dtype.name) for name, values in row if name != SKIP}
+    # Not the exact dtypes: of some rows they follow from what the part holds, and the wider one has room for both.
+    rows = [
+        {name: (*values.shape[1:], values.dtype.kind) for name, values in _row(split).items() if name != SKIP}
+        for split in (part.train, part.test)
+    ]
     return {
         "facts": dict(part.facts),
         "tokenizer": part.tokenizer and part.tokenizer.fingerprint,
         "labels": part.labels,
-        "rows": shapes,
+        "rows": rows[0] if rows[0] == rows[1] else rows,
     }
+
+
+def _row(split: Split) -> Rows:
+    """Row 0."""
+    return split.gather(split.arrays, np.zeros(1, np.int32))
 
 
 def _joined(splits: Sequence[Split], slots: tuple[tuple[int, int], ...]) -> Split:
@@ -102,22 +124,45 @@ def _joined(splits: Sequence[Split], slots: tuple[tuple[int, int], ...]) -> Spli
     size = sum(split.size for split in splits)
     if size >= 2**31:
         raise UserError(f"data.sources have {size} examples in all: expected fewer than 2**31.")
-    starts = tuple(int(n) for n in np.cumsum([0, *(split.size for split in splits)]))
-    prepare = functools.partial(_prepare, prepares=tuple(split.prepare for split in splits), starts=starts)
-    gathers = tuple(split.gather for split in splits)
+    if any(split.mixture for split in splits):
+        raise UserError("data.sources has a mixture in it: list the sources of that one instead, with their weights.")
+    parts = _Parts(
+        tuple(split.gather for split in splits),
+        tuple(split.prepare for split in splits),
+        tuple(int(n) for n in np.cumsum([0, *(split.size for split in splits)])),
+        _empty(splits),
+    )
     stored = sum(split.nbytes for split in splits)
+    prepare = functools.partial(_prepare, parts=parts)
     if any(split.stored for split in splits):
-        held = tuple(split.arrays for split in splits)
-        skips = any(SKIP in _row(split) for split in splits)
-        read = functools.partial(_read, gathers=gathers, held=held, starts=starts, skips=skips)
+        read = functools.partial(_read, parts=dataclasses.replace(parts, prepares=()), held=[s.arrays for s in splits])
         return Split(size, {}, read, prepare, stored, slots)
     arrays = {f"{k}/{name}": array for k, split in enumerate(splits) for name, array in split.arrays.items()}
-    return Split(size, arrays, functools.partial(_gather, gathers=gathers, starts=starts), prepare, 0, slots)
+    return Split(size, arrays, functools.partial(_gather, parts=parts), prepare, 0, slots)
 
 
-def _row(split: Split) -> Rows:
-    """Row 0."""
-    return split.gather(split.arrays, np.zeros(1, np.int32))
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What is called for each part.
+
+    Attributes:
+      gathers: `Split.gather` of each.
+      prepares: `Split.prepare` of each.
+      starts: the first index of each, and after the last one the number of all.
+      empty: no rows, of the dtypes that have room for those of each part.
+    """
+
+    gathers: tuple[Callable[..., Rows], ...]
+    prepares: tuple[Callable[..., Batch], ...]
+    starts: tuple[int, ...]
+    empty: Rows
+
+
+def _empty(splits: Sequence[Split]) -> Rows:
+    rows = [_row(split) for split in splits]
+    names = sorted({name for row in rows for name in row})
+    found = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: np.zeros((0, *v[0].shape[1:]), np.result_type(*(x.dtype for x in v))) for name, v in found.items()}
 
 
 def _local(index: Any, starts: tuple[int, ...], k: int) -> tuple[Any, Any]:
@@ -127,52 +172,38 @@ def _local(index: Any, starts: tuple[int, ...], k: int) -> tuple[Any, Any]:
     return mine, xp.where(mine, index - np.int32(starts[k]), np.int32(-1))
 
 
-def _gather(
-    arrays: Mapping[str, Any], index: Any, gathers: tuple[Callable[..., Rows], ...], starts: tuple[int, ...]
-) -> Rows:
+def _gather(arrays: Mapping[str, Any], index: Any, parts: _Parts) -> Rows:
     """Rows of parts in memory, on the host or on the device."""
-    held = [
-        {name.partition("/")[2]: array for name, array in arrays.items() if name.partition("/")[0] == str(k)}
-        for k in range(len(gathers))
-    ]
+    held: list[dict[str, Any]] = [{} for _ in parts.gathers]
+    for name, array in arrays.items():
+        part, _, own = name.partition("/")
+        held[int(part)][own] = array
     if isinstance(index, np.ndarray):
-        return _read({}, index, gathers, tuple(held), starts)
-    rows: Rows = {}
-    for k, gather in enumerate(gathers):
-        mine, local = _local(index, starts, k)
-        found = gather(held[k], local)
-        rows = {name: _where(mine, values, rows.get(name, values)) for name, values in found.items()}
+        return _read({}, index, parts, held)
+    rows = {name: jnp.zeros((*index.shape, *empty.shape[1:]), empty.dtype) for name, empty in parts.empty.items()}
+    for k, gather in enumerate(parts.gathers):
+        mine, local = _local(index, parts.starts, k)
+        for name, values in gather(held[k], local).items():
+            rows[name] = _where(mine, values.astype(rows[name].dtype), rows[name])
     return rows
 
 
-def _read(
-    _: Mapping[str, Any],
-    index: np.ndarray,
-    gathers: tuple[Callable[..., Rows], ...],
-    held: tuple[Mapping[str, Any], ...],
-    starts: tuple[int, ...],
-    skips: bool = False,
-) -> Rows:
-    """Rows on the host; each part reads its own only. Padding (-1) is a row of zeros. `skips`: some part has `SKIP`."""
-    rows: Rows = {SKIP: np.zeros(len(index), bool)} if skips else {}
-    for k, gather in enumerate(gathers):
-        mine, local = _local(index, starts, k)
-        if not mine.any() and (k or (index >= 0).any()):
-            continue
-        found = gather(held[k], local[mine] if mine.any() else np.zeros(1, np.int32))
-        for name, values in found.items():
-            if name not in rows:
-                rows[name] = np.zeros((len(index), *values.shape[1:]), values.dtype)
-            if mine.any():
+def _read(_: Mapping[str, Any], index: np.ndarray, parts: _Parts, held: Sequence[Mapping[str, Any]]) -> Rows:
+    """Rows on the host; each part reads its own only, and padding (-1) is a row of zeros."""
+    rows = {name: np.zeros((len(index), *empty.shape[1:]), empty.dtype) for name, empty in parts.empty.items()}
+    for k, gather in enumerate(parts.gathers):
+        mine, local = _local(index, parts.starts, k)
+        if mine.any():
+            for name, values in gather(held[k], local[mine]).items():
                 rows[name][mine] = values
     return rows
 
 
-def _prepare(rows: Rows, index: Any, prepares: tuple[Callable[..., Batch], ...], starts: tuple[int, ...]) -> Batch:
+def _prepare(rows: Rows, index: Any, parts: _Parts) -> Batch:
     """Each part's own way from rows to a batch, where an example is that part's; weights are 0 in all the others."""
     batch: Batch = {}
-    for k, prepare in enumerate(prepares):
-        mine, local = _local(index, starts, k)
+    for k, prepare in enumerate(parts.prepares):
+        mine, local = _local(index, parts.starts, k)
         found = prepare(rows, local)
         batch = jax.tree.map(functools.partial(_where, mine), found, batch or found)
     return batch

@@ -17,9 +17,9 @@ import numpy as np
 # Raised when the same (seed, step) gives other examples than before; a resumed run compares it.
 ORDER_VERSION = 1
 
-# Up to this size an epoch's order is a sorted array, 4 bytes an example; above it is computed place by place, so that
-# an epoch of a billion windows takes no memory and no time to begin.
-SORTED = 2**20
+# Up to this size an epoch's order is a sorted array, 4 bytes an example; above it is computed, `RUN` places at a time,
+# so that an epoch of a billion windows takes no memory and no time to begin.
+SORTED, RUN = 2**22, 2**14
 # Positions in a block of a mixture; a part's share is a whole number of them.
 PERIOD = 1000
 
@@ -32,7 +32,7 @@ def _raw(seed: int, stream: int, count: int) -> np.ndarray:
     return np.random.Philox(key=(seed % 2**64) | (stream << 64)).random_raw(count)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # two epochs of each part of a mixture
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """The order of one epoch: (size,) int32, read-only, each of 0 .. size - 1 once.
 
@@ -44,25 +44,43 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def permuted(seed: int, epoch: int, places: np.ndarray, size: int) -> np.ndarray:
-    """What stands at `places` (N,) of an epoch's order, each in 0 .. size - 1: (N,) int32.
-
-    Above `SORTED` a Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022): it is a permutation of the numbers
-    below a power of four, whatever its round function; walked until it lands below `size` it is one of those (Black and
-    Rogaway 2002, doi:10.1007/3-540-45760-7_9).
-    """
+    """What stands at `places` (N,) of an epoch's order, each in 0 .. size - 1: (N,) int32."""
     if size <= SORTED:
         return permutation(seed, epoch, size)[places]
-    bits = np.uint64(((size - 1).bit_length() + 1) // 2)
-    keys, mask = _raw(seed, epoch, _ROUNDS), (np.uint64(1) << bits) - np.uint64(1)
-    found = places.astype(np.uint64)
+    found = np.empty(len(places), np.int32)
+    runs, within = np.divmod(places, RUN)
+    for run in np.unique(runs):
+        now = runs == run
+        found[now] = _computed(seed, epoch, int(run), size)[within[now]]
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _computed(seed: int, epoch: int, run: int, size: int) -> np.ndarray:
+    """What stands at the places from run * `RUN` on: (up to RUN,) int32.
+
+    By a Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022), which is a permutation of the numbers of so many
+    bits, whatever its round function; walked until it lands below `size` it is one of those (Black and Rogaway 2002,
+    doi:10.1007/3-540-45760-7_9). After an even number of rounds the halves have their sizes again.
+    """
+    bits = max((size - 1).bit_length(), 2)
+    widths = np.uint64(bits - bits // 2), np.uint64(bits // 2)
+    keys = _raw(seed, epoch, _ROUNDS)
+    found = np.arange(run * RUN, min((run + 1) * RUN, size), dtype=np.uint64)
     walking = np.arange(len(found))
     while len(walking):
-        left, right = found[walking] >> bits, found[walking] & mask
+        high, low = widths
+        left, right = found[walking] >> low, found[walking] & _ones(low)
         for key in keys:
-            left, right = right, left ^ (_mixed(right ^ key) & mask)
-        found[walking] = left << bits | right
+            left, right = right, left ^ (_mixed(right ^ key) & _ones(high))
+            high, low = low, high
+        found[walking] = left << low | right
         walking = walking[found[walking] >= size]
     return found.astype(np.int32)
+
+
+def _ones(bits: np.uint64) -> np.uint64:
+    return (np.uint64(1) << bits) - np.uint64(1)
 
 
 def _mixed(x: np.ndarray) -> np.ndarray:
@@ -99,8 +117,8 @@ def train_indices(
     offset = 0
     for number, (length, _) in enumerate(mixture):
         chosen = part == number
-        # A seed of its own for each part: two parts of one size would else come in the same order.
-        _in_epochs(seed + (number << 32), places[chosen], length, index, chosen)
+        # A seed of its own for each part, beyond those of a config: else two of one size came in the same order.
+        _in_epochs(seed + (number << 48), places[chosen], length, index, chosen)
         index[chosen] += np.int32(offset)
         offset += length
     return index.reshape(steps, batch_size)
@@ -131,7 +149,8 @@ def _dealt(seed: int, positions: np.ndarray, slots: tuple[int, ...]) -> tuple[np
 @functools.lru_cache(maxsize=4)
 def _block(seed: int, block: int, slots: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """One block: (PERIOD,) the part at each position, and how many of that part come before it."""
-    parts = np.repeat(np.arange(len(slots)), slots)[permutation(seed, _MIXTURE | block, PERIOD)]
+    dealt = np.argsort(_raw(seed, _MIXTURE | block, PERIOD), kind="stable")
+    parts = np.repeat(np.arange(len(slots)), slots)[dealt]
     before = np.empty(PERIOD, np.int64)
     for number in range(len(slots)):
         here = parts == number

@@ -11,11 +11,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flaxmodels.runtime.exits import FaultError
+
 # The end of messages about batches that do not come.
 SLOW = "A disk that does not answer? If reading is slow, and nothing else, raise data.timeout."
 
 
-class LoadingError(RuntimeError):
+class LoadingError(FaultError):
     """Batches no longer come, by no fault of config or data that is known: the same command may well go on."""
 
 

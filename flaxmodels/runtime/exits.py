@@ -14,11 +14,16 @@ from absl import logging
 from flaxmodels.registry import UserError
 
 DONE = 0
+FAULT = 1
 BAD_INPUT = 2
 # As a shell reports a process that a signal ended: 128 + its number. The run was saved; the same command goes on.
 SIGNALLED = 128
 INTERRUPTED = SIGNALLED + 2
 _INTERRUPTED = "interrupted before there was anything to save"
+
+
+class FaultError(RuntimeError):
+    """Something broke that is no fault of the config: shown without a traceback, and the process leaves with code 1."""
 
 
 @contextlib.contextmanager
@@ -40,20 +45,23 @@ def importing() -> Iterator[None]:
 
 
 def reported(main: Callable[[], int], *, debug: bool) -> int:
-    """Run `main`; bad input becomes a message and exit code 2, Ctrl-C exit code 130. Other errors pass through.
+    """Run `main`; bad input becomes a message and exit code 2, Ctrl-C exit code 130. Unknown errors pass through.
 
     Args:
       main: returns an exit code.
-      debug: show the traceback of a `UserError`, too; the exit code stays.
+      debug: show the traceback of errors that are known, too; the exit code stays.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what we ask for on purpose
     try:
         return main()
-    except UserError as error:
+    except (UserError, FaultError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return BAD_INPUT if isinstance(error, UserError) else FAULT
+    except BrokenPipeError:  # who reads our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return SIGNALLED + signal.SIGPIPE
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
