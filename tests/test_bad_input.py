@@ -112,7 +112,7 @@ def refused(shell, tmp_path):
         assert code == exits.BAD_INPUT, message
         assert time.monotonic() - start < 20
         assert "Traceback" not in message and message.strip().count("\n") < lines, message
-        assert max(map(len, message.splitlines())) < 420, message
+        assert max(map(len, message.splitlines())) < 600, message
         if fresh:
             assert not (tmp_path / "run").exists(), "a run that never was leaves nothing behind"
         return message

@@ -346,21 +346,21 @@ def test_columns_of_several_spans():
 
 def test_what_is_best_starts_anew_on_other_test_data(tmp_path):
     config = stored()
-    config["train"] = {"duration": 4, "eval_every": 2, "patience": 50}
-    loop.fit(config, tmp_path, stream=io.StringIO())
-    config["data"] |= {"test_examples": 40}
-    config["train"]["duration"] = 6
+    config["train"] = {"duration": 60, "patience": 50}
+    first = loop.fit(config, tmp_path, stream=io.StringIO())
+    config["data"] |= {"test_examples": 40, "seed": 1}  # other patterns: what was learned does not help
+    config["train"]["duration"] = 61
     out = io.StringIO()
     loop.fit(config, tmp_path, allow_config_change=True, allow_data_change=True, stream=out)
     assert "going on with other data: " in out.getvalue() and "test examples was 21, is 40" in out.getvalue()
     job = assemble(config)
     with pytest.raises(UserError, match="or evaluate on these with --allow_data_change"):
         loop.evaluate_checkpoint(assemble(config | {"data": config["data"] | {"test_examples": 30}}), tmp_path)
-    assert loop.evaluate_checkpoint(job, tmp_path)[2] == 40
+    assert loop.evaluate_checkpoint(job, tmp_path, "latest")[2] == 40
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     found = checkpoints.meta(checkpoints.latest())["memory"]
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]
-    assert found["best"] == last["eval/loss"] and found["stale"] == 0
+    assert found["best"] == last["eval/loss"] > first.metrics["eval/loss"] and found["stale"] == 0
 
 
 def test_options_of_an_own_source_are_part_of_its_identity(tmp_path):
