@@ -114,7 +114,11 @@ def prepare(argv: Sequence[str]) -> int:
     checked = sections.check(flags.config, lambda text, where: text)
     _, options = sections.split_data(checked["data"])
     name = options.pop("name")
-    preparing.prepare_source(name, options, flags.arguments.to, sys.stdout)
+    try:
+        preparing.prepare_source(name, options, flags.arguments.to, sys.stdout)
+    except preparing.StoppedError as stopped:
+        print(stopped)
+        return exits.SIGNALLED + stopped.signal
     kept = {key: value for key, value in checked["data"].items() if key in ("length", "windows", "batch_size")}
     said = "".join(f", {key}={value!r}" for key, value in kept.items())
     print(f'to train on it: config.data = dict(name="tokens", path={str(flags.arguments.to)!r}{said})')

@@ -155,6 +155,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     source = data.load(**options)
     clock = Clock(batching["batch_size"], source.train.size, source.tokens_per_example)
     checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
+    _check_targets(source, checked["loss"])
     cadence = Cadence(**checked["train"])
     _check_microbatches(mesh, batching["batch_size"], cadence.microbatches)
     model = models.build(**_fill(checked["model"], source))
@@ -169,12 +170,14 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     if not jax.tree.leaves(abstract.params):
         raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
     whole = sharding.replicated_report(abstract.params)
+    cut = source.transforms.get("texts cut")
+    lost = (f"texts longer than data.length, which lose their ends: {cut}",) if cut else ()
     return Job(
         config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
         augment=augmented,
         losses=losses.make(**checked["loss"], **_token_bytes(checked["loss"], source)), cadence=cadence,
         checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
-        notes=(f"mesh: {sharding.describe(mesh)}", placed, *whole),
+        notes=(f"mesh: {sharding.describe(mesh)}", placed, *lost, *whole),
     )  # fmt: skip
 
 
@@ -219,6 +222,16 @@ def _feeds(source: Source, mesh: Mesh, batching: Mapping[str, Any]) -> tuple[Sou
     train = feed(source.train, batch_size=batching["batch_size"], functions=functions)
     test = feed(source.test, batch_size=batching["eval_batch_size"])
     return source, train, test, why
+
+
+def _check_targets(source: Source, options: Mapping[str, Any]) -> None:
+    """A loss can't see values while it is traced: numbers would pass for shares of classes."""
+    softmax = losses.softmax_cross_entropy in sections.loss_functions(options)
+    if softmax and source.transforms.get("values") == "numbers":
+        raise UserError(
+            f"loss.name='softmax_cross_entropy' is for classes, but the targets of data {source.name!r} are numbers: "
+            "set --config.loss.name=mean_squared_error, or give classes as integers."
+        )
 
 
 def _check_microbatches(mesh: Mesh, batch_size: int, microbatches: int) -> None:

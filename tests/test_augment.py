@@ -19,7 +19,7 @@ from flaxmodels.registry import UserError
 FACTS = {"classes": 10}
 MIXING = ("cutmix", "mixup")
 # To notice any change of anything that is random, all of them do something to nearly every image.
-STRONG = {"flip": {"horizontal": 0.5, "vertical": 0.5}, "mixup": {"alpha": 1.0}}
+STRONG = {"flip": {"horizontal": 0.5, "vertical": 0.5}, "mixup": {"alpha": 1.0}, "cutout": {"size": 6}}
 B, SIDE = 16, 10
 
 
@@ -71,7 +71,7 @@ def assert_same(one, other):
 
 
 # Each by itself takes a compilation: in the fast part some stand for all.
-CHAINS = [("crop", "flip", "contrast", "rotate"), ("cutmix",)]
+CHAINS = [("crop", "flip", "contrast", "rotate", "cutout"), ("cutmix",)]
 EACH = [*CHAINS, *(pytest.param((name,), marks=pytest.mark.slow) for name in AUGMENTATIONS if name != "cutmix")]
 
 
@@ -115,8 +115,9 @@ def on_mesh(mesh, names, images):
     return jax.tree.map(np.asarray, program(*arguments)), program.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", EACH, ids="-".join)
-@pytest.mark.parametrize("shape", [(10, 10, 3), pytest.param((13, 7, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("shape", [(10, 10, 3), (13, 7, 2)])
 def test_eight_devices_make_the_bits_of_one(names, shape):
     images = noise(B, *shape)
     one, _ = on_mesh(sharding.make_mesh(devices=jax.devices()[:1]), names, images)
@@ -158,9 +159,9 @@ def test_each_place_in_the_list_draws_for_itself():
 
 def test_they_are_applied_in_order():
     batch = batch_of(np.full((B, SIDE, SIDE, 1), 0.5, np.float32))
-    fill, light = spec("cutout", size=2 * SIDE, fill=0.25), spec("brightness", factor=(2, 2))
-    assert np.all(changed(batch, fill, light)["inputs"] == 0.5)
-    assert np.all(changed(batch, light, fill)["inputs"] == 0.25)
+    fill, light = spec("cutout", size=SIDE, fill=0.25), spec("brightness", factor=(2, 2))
+    assert set(np.unique(changed(batch, fill, light)["inputs"])) == {0.5, 1}
+    assert set(np.unique(changed(batch, light, fill)["inputs"])) == {0.25, 1}
 
 
 def test_without_any_the_batch_is_itself():
@@ -168,7 +169,8 @@ def test_without_any_the_batch_is_itself():
     assert make((), seed=0, facts=FACTS)(batch, np.arange(B), 0) is batch
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_images_keep_their_dtype(dtype):
     images = jnp.asarray(noise(), dtype)
     specs = (spec("crop"), spec("contrast"), spec("mixup"))
@@ -179,6 +181,7 @@ def test_images_keep_their_dtype(dtype):
     assert_same(found["targets"], near["targets"])
 
 
+@pytest.mark.slow
 def test_one_example_is_no_trouble():
     batch = batch_of(noise(1))
     found = changed(batch, *(spec(name) for name in ("crop", "mixup", "cutmix")))
@@ -188,27 +191,29 @@ def test_one_example_is_no_trouble():
 # Settings that do nothing do exactly nothing
 
 
+NOTHING = {
+    "crop": {"padding": 0},
+    "shift": {"fraction": 0.0},
+    "flip": {"horizontal": 0.0},
+    "rotate": {"degrees": 0.0},
+    "zoom": {"factor": (1.0, 1.0)},
+    "resized_crop": {"area": (1.0, 1.0), "aspect": (1.0, 1.0)},
+    "brightness": {"factor": (1.0, 1.0)},
+    "contrast": {"factor": (1.0, 1.0)},
+    "saturation": {"factor": (1.0, 1.0)},
+    "mixup": {"probability": 0.0},
+    "cutmix": {"probability": 0.0},
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("crop", {"padding": 0}),
-        ("shift", {"fraction": 0.0}),
-        ("flip", {"horizontal": 0.0}),
-        ("rotate", {"degrees": 0.0}),
-        ("zoom", {"factor": (1.0, 1.0)}),
-        ("resized_crop", {"area": (1.0, 1.0), "aspect": (1.0, 1.0)}),
-        ("brightness", {"factor": (1.0, 1.0)}),
-        ("contrast", {"factor": (1.0, 1.0)}),
-        ("saturation", {"factor": (1.0, 1.0)}),
-        ("mixup", {"probability": 0.0}),
-        ("cutmix", {"probability": 0.0}),
-    ],
+    "names", [tuple(NOTHING), *(pytest.param((name,), marks=pytest.mark.slow) for name in NOTHING)], ids="-".join
 )
-def test_nothing_is_exactly_nothing(name, options):
+def test_nothing_is_exactly_nothing(names):
     batch = batch_of(noise(5, 13, 13))
-    found = changed(batch, {"name": name, **options})
+    found = changed(batch, *({"name": name, **NOTHING[name]} for name in names))
     np.testing.assert_array_equal(found["inputs"], batch["inputs"])
-    if name in MIXING:
+    if set(names) & set(MIXING):
         np.testing.assert_array_equal(found["targets"], np.eye(10)[batch["targets"]])
 
 
@@ -221,6 +226,7 @@ def offsets(found, height, width):
     return np.rint((middle - 0.25) / 0.5 * (height - 1, width - 1)).astype(int) - (height // 2, width // 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "reach"), [("crop", {"padding": 3}, (3, 3)), ("shift", {"fraction": 0.2}, (3, 4))]
 )
@@ -236,6 +242,7 @@ def test_windows_are_uniform_and_whole(name, options, reach):
         np.testing.assert_array_equal(image, source[down : down + height, right : right + width])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["crop", "shift"])
 def test_windows_may_reflect(name):
     options = {"padding": 2} if name == "crop" else {"fraction": 0.2}
@@ -246,6 +253,7 @@ def test_windows_may_reflect(name):
     assert {image.tobytes() for image in found} <= windows and len({image.tobytes() for image in found}) > 15
 
 
+@pytest.mark.slow
 def test_flips_come_at_their_rates():
     images = noise(1, 3, 4, 1)
     found = many("flip", np.repeat(images, 4096, 0), horizontal=0.3, vertical=0.8)
@@ -258,6 +266,7 @@ def test_flips_come_at_their_rates():
     assert sum(rates.values()) == 1
 
 
+@pytest.mark.slow
 def test_cutout_is_a_square_anywhere():
     found = many("cutout", np.ones((4096, 8, 9, 2), np.float32), size=4, fill=0.5)
     gone = found == 0.5
@@ -281,6 +290,7 @@ def slopes(found):
     return np.stack([down[:, 0], right[:, 0], down[:, 1], right[:, 1]], -1)
 
 
+@pytest.mark.slow
 def test_angles_are_uniform_in_their_range():
     cosine, sine, back, same = slopes(many("rotate", ramps(4096, 21, 15), degrees=40.0)).T
     np.testing.assert_allclose(cosine, same, atol=1e-5)
@@ -290,6 +300,7 @@ def test_angles_are_uniform_in_their_range():
     assert scipy.stats.kstest(angle, scipy.stats.uniform(-40, 80).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_zooms_are_uniform_in_their_range():
     yy, yx, xy, xx = slopes(many("zoom", ramps(4096, 21, 15), factor=(0.5, 2.0))).T
     np.testing.assert_allclose(yy, xx, atol=1e-5)
@@ -297,6 +308,7 @@ def test_zooms_are_uniform_in_their_range():
     assert scipy.stats.kstest(1 / yy, scipy.stats.uniform(0.5, 1.5).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_boxes_of_resized_crop():
     height, width = 24, 32
     found = many("resized_crop", ramps(4096, height, width), area=(0.2, 0.5), aspect=(0.8, 1.25))
@@ -314,11 +326,13 @@ def test_boxes_of_resized_crop():
         assert abs(np.mean(place) - 0.5) < 0.013  # half a pixel is 0.5 / side
 
 
+@pytest.mark.slow
 def test_a_box_that_fits_nowhere_is_cut_to_the_image():
     found = slopes(many("resized_crop", ramps(16, 16, 16), area=(1.0, 1.0), aspect=(4.0, 4.0)))
     np.testing.assert_allclose(found, np.broadcast_to([0.5, 0, 0, 1], (16, 4)), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 def test_factors_are_uniform_and_do_what_pillow_does(name):
     pixels = np.random.default_rng(0).integers(64, 160, (12, 12, 3), np.uint8)
@@ -355,6 +369,7 @@ def test_affine_is_that_of_scipy(numbers):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resized_box_is_that_of_scipy():
     images = np.concatenate([ramps(8, 11, 14), noise(8, 11, 14, 1)], -1)
     found = many("resized_crop", images)
@@ -379,6 +394,7 @@ def shares(found):
     return found[np.arange(len(found)), own], found[np.arange(len(found)), np.roll(own, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
 def test_the_draws_are_beta(alpha):
     keys = example_keys(0, np.arange(20_000), 0)
@@ -393,6 +409,7 @@ def test_the_draws_are_beta(alpha):
         np.testing.assert_allclose(np.mean(found**power), exact.moment(power), atol=0.01)
 
 
+@pytest.mark.slow
 def test_extreme_alphas_are_finite():
     keys = example_keys(0, np.arange(2000), 0)
     for alpha, width in ((0.001, 0.5), (1000.0, 0.011)):
@@ -412,6 +429,7 @@ def test_mixup_mixes_images_and_targets_alike():
     assert scipy.stats.kstest(own, scipy.stats.beta(0.4, 0.4).cdf).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_cutmix_replaces_a_box_and_its_share_of_the_target():
     side, count = 16, 4000
     batch = batch_of((np.arange(count, dtype=np.float32)[:, None, None, None] / count) * np.ones((1, side, side, 1)))
@@ -451,13 +469,15 @@ def test_padding_is_never_mixed_in(name):
     np.testing.assert_array_equal(found["weights"], weights)
 
 
-@pytest.mark.parametrize("name", ["mixup", pytest.param("cutmix", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MIXING)
 def test_a_share_of_the_examples_is_mixed(name):
     own, _ = shares(changed(batch_of(noise(4000, 4, 4, 1)), spec(name, alpha=50.0, probability=0.25))["targets"])
     assert abs(np.mean(own < 1) - 0.25) < 0.03
 
 
-@pytest.mark.parametrize("names", [("mixup", "cutmix"), pytest.param(("cutmix", "mixup"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [("mixup", "cutmix"), ("cutmix", "mixup")])
 def test_what_is_mixed_can_be_mixed_again(names):
     batch = batch_of(noise())
     once, twice = changed(batch, spec(names[0])), changed(batch, *map(spec, names))
@@ -465,6 +485,7 @@ def test_what_is_mixed_can_be_mixed_again(names):
     assert np.max(np.count_nonzero(once["targets"], -1)) == 2 and np.max(np.count_nonzero(twice["targets"], -1)) == 3
 
 
+@pytest.mark.slow
 def test_float_targets_are_mixed_as_they_are():
     batch = {**batch_of(noise()), "targets": np.arange(B, dtype=np.float32)[:, None] * np.ones((1, 2), np.float32)}
     found = changed(batch, {"name": "mixup", "alpha": 1.0})["targets"]
@@ -473,6 +494,7 @@ def test_float_targets_are_mixed_as_they_are():
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_mixed_targets_train():
     batch = batch_of(noise())
     augmented = make((spec("crop", padding=2), spec("mixup")), seed=0, facts=FACTS)
@@ -546,6 +568,7 @@ def test_places_change_as_they_should():
     np.testing.assert_allclose(found["shift_y"], (1, 0, 0, 1, 4.5, 0))
 
 
+@pytest.mark.slow
 def test_operations_are_drawn_alike_and_go_either_way(monkeypatch):
     """Each operation writes down what it was given."""
     writes = {str(i): lambda image, s, i=i: jnp.full_like(image, (i + 0.5 * (s > 0)) / 10) for i in range(4)}
@@ -572,6 +595,8 @@ def test_each_round_draws_again():
 
 # What is refused
 
+LIST = r'expected a list of dicts, each with a "name", such as \({"name": "flip"},\)'
+
 
 @pytest.mark.parametrize(
     ("specs", "message"),
@@ -590,9 +615,11 @@ def test_each_round_draws_again():
         (({"name": "mixup", "batch": 9},), r"data.augment\[0\].batch=9: unknown key"),
         (({"name": "crop", "image": 9},), r"data.augment\[0\].image=9: unknown key"),
         (({"name": "randaugment", "count": 0},), r"count=0 is out of range"),
-        (({"padding": 4},), r"data.augment\[0\]={'padding': 4}: expected a dict with a 'name'. There are: brightness"),
-        (("flip",), r"data.augment\[0\]='flip': expected a dict with a 'name'"),
-        ({"name": "flip"}, r"data.augment={'name': 'flip'} has the wrong type: expected a list of dicts"),
+        (({"padding": 4},), rf"data.augment\[0\]={{'padding': 4}}: {LIST}. There are: brightness"),
+        (("flip",), rf"data.augment\[0\]='flip': {LIST}. There are: brightness"),
+        ("flip", rf"data.augment='flip' has the wrong type: {LIST}"),
+        ({"name": "flip"}, rf"data.augment={{'name': 'flip'}} has the wrong type: {LIST}"),
+        (None, rf"data.augment=None has the wrong type: {LIST}"),
     ],
 )  # fmt: skip
 def test_make_refuses(specs, message):
@@ -639,6 +666,16 @@ def test_reflections_of_more_than_the_image_are_refused(name, options):
         jax.eval_shape(function, batch_of(noise()), np.arange(B), np.int32(0))
 
 
+@pytest.mark.parametrize(("height", "width"), [(SIDE, 8), (8, SIDE)])
+def test_a_cutout_of_more_than_the_image_is_refused(height, width):
+    images = noise(2, height, width)
+    function = make(({"name": "cutout", "size": 9},), seed=0, facts={})
+    with pytest.raises(UserError, match=f"'cutout' with size=9, .* {height} x {width}, .* a size of at most 8"):
+        jax.eval_shape(function, batch_of(images), np.arange(2), np.int32(0))
+    fits = make(({"name": "cutout", "size": 8},), seed=0, facts={})
+    assert jax.eval_shape(fits, batch_of(images), np.arange(2), np.int32(0))["inputs"].shape == images.shape
+
+
 def test_your_own(tmp_path, monkeypatch):
     (tmp_path / "my_augmentations.py").write_text(
         "import jax\n"
@@ -672,7 +709,7 @@ def test_your_own(tmp_path, monkeypatch):
 
 
 def test_lists_of_a_config_are_taken():
-    images = noise()
-    listed = make([{"name": "brightness", "factor": [0.5, 2.0]}], seed=0, facts={})
-    found = jax.jit(listed)(batch_of(images), np.arange(B), np.int32(0))["inputs"]
-    np.testing.assert_array_equal(found, many("brightness", images, factor=(0.5, 2.0)))
+    listed = [{"name": "brightness", "factor": [0.5, 2.0]}]
+    (function,) = augment.bound(listed, AUGMENTATIONS, "data.augment", augment.PROVIDED, {})
+    assert function.keywords == {"factor": (0.5, 2.0)} and function.func is augment_images.brightness
+    assert jax.eval_shape(make(listed, seed=0, facts={}), batch_of(noise()), np.arange(B), np.int32(0))

@@ -167,6 +167,39 @@ def test_values_and_weights():
     assert load({"x": X, "y": RNG.normal(size=(60, 4, 4))}).facts == {}
 
 
+def one_hot(dtype=np.float64):
+    return np.eye(3, dtype=dtype)[Y]
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (RNG.dirichlet(np.ones(1000), 60).astype(np.float16), "probabilities"),
+        (one_hot(np.float32), "probabilities"),
+        (RNG.dirichlet(np.ones(4), (60, 5)), "probabilities"),
+        (Y.astype(float), "numbers"),  # classes as pandas may give them
+        (np.ones(60), "numbers"),
+        (np.ones((60, 1)), "numbers"),
+        (RNG.normal(size=(60, 3)), "numbers"),
+        (one_hot() * 2, "numbers"),
+        (np.add(one_hot(), [0.1, -0.05, -0.05]), "numbers"),  # the sums are 1
+    ],
+)
+def test_what_floats_are_is_said(targets, expected):
+    assert load({"x": X, "y": targets}).transforms == {"values": expected}
+
+
+def test_floats_of_all_rows_say_what_they_are():
+    for at in (int(np.argmax(held_out.stratified(np.zeros(60, int), 0.1))), 0):
+        off = one_hot()
+        off[at] *= 1.002
+        assert load({"x": X, "y": off}).transforms == {"values": "numbers"}
+        off[at] /= 1.0015
+        assert load({"x": X, "y": off}).transforms == {"values": "probabilities"}
+    assert load({"x": X, "y": one_hot()}, test={"x": X, "y": one_hot() * 2}).transforms == {"values": "numbers"}
+    assert load({"x": X, "y": Y}).transforms == {}, "classes"
+
+
 def test_which_arrays(tmp_path):
     keras = {"x_train": X[:50], "y_train": Y[:50], "x_test": X[50:], "y_test": Y[50:]}
     np.savez(tmp_path / "keras.npz", **keras)

@@ -243,6 +243,17 @@ def test_bad_input(change, message):
     assert message in str(error.value)
 
 
+def test_numbers_do_not_pass_for_classes():
+    images = np.zeros((40, 2, 2, 1), np.float32)
+    for targets in (np.arange(40.0), np.zeros((40, 3))):
+        arrays = {"inputs": images, "targets": targets}
+        config = small.config("mlp")
+        config["data"] = {"name": "arrays", "train": arrays, "batch_size": 8}
+        with pytest.raises(UserError, match="are numbers"):
+            assemble(config)
+        assemble(config | {"loss": {"name": "mean_squared_error"}})
+
+
 CHANGES = {
     "examples": {"examples": SIZE - 1},
     "content": {"seed": 1},

@@ -168,7 +168,14 @@ def test_a_class_may_be_called_train(tmp_path):
         (lambda root: (root / "fox").mkdir(), r"pets/fox has no images: expected files that end in \.bmp, .*Remove"),
         (lambda root: write(root / "b.png"), r"pets/b\.png is in no class: expected images in .*pets/CLASS/"),
         (lambda root: (root / "dog/9.png").symlink_to("nowhere.png"), r"dog/9\.png can't be read: No such file"),
-        (lambda root: [shutil.rmtree(root / c) for c in ("cat", "dog")], r"of the 1 images in .*holds out none"),
+        (
+            lambda root: [shutil.rmtree(root / c) for c in ("cat", "dog")],
+            r"pets has the class 'emu' only: .*at least two",
+        ),
+        (
+            lambda root: (shutil.rmtree(root / "cat"), [(root / "dog" / f"{i}.png").unlink() for i in range(4)]),
+            r"of the 2 images in .*holds out none",
+        ),
     ],
 )
 def test_folders_that_are_no_data(folder, make, why):
@@ -182,6 +189,32 @@ def test_splits_without_classes(tmp_path):
     write(tmp_path / "test/0.png")
     with pytest.raises(UserError, match=r"train/0\.png is in no class: expected images in .*train/CLASS/"):
         load(tmp_path)
+
+
+def test_what_is_evaluated_on_may_be_of_one_class_but_not_what_is_trained_on(folder, tmp_path):
+    one = tmp_path / "one"
+    shutil.copytree(folder / "dog", one / "dog")
+    assert load(folder, test_path=str(one)).test.size == 5
+    with pytest.raises(UserError, match=r"one has the class 'dog' only: expected at least two"):
+        load(one, test_path=str(folder))
+
+
+def test_other_images_are_counted(folder, tmp_path):
+    source = load(folder)
+    assert "left out" not in source.transforms
+    for name in ("cat/a.GIF", "cat/b.tif", "dog/deeper/c.heic", "emu/d.avif", "emu/.e.gif", "f.gif"):
+        (folder / name).write_bytes(gif())
+    again = load(folder)
+    assert again.transforms == {"size": 8, "channels": 3, "left out": 4}
+    assert (again.facts, again.fingerprint) == (source.facts, source.fingerprint)
+    (tmp_path / "more/cat").mkdir(parents=True)
+    for name in ("0.png", "1.tiff"):
+        shutil.copy(folder / "dog/0.png", tmp_path / "more/cat" / name)
+    assert load(folder, test_path=str(tmp_path / "more")).transforms["left out"] == 5
+    (folder / "fox").mkdir()
+    (folder / "fox/0.gif").write_bytes(gif())
+    with pytest.raises(UserError, match=r"fox has no images: expected files that end in \.bmp"):
+        load(folder)
 
 
 def test_links_are_not_followed_in_circles(folder):
@@ -224,12 +257,17 @@ def gif():
 def test_damaged_images(tmp_path, suffix, how):
     for i in range(6):
         write(tmp_path / "a" / f"{i}.{suffix}", noise(40, 40), **({"compress_level": 0} if suffix == "png" else {}))
+    write(tmp_path / "b/0.png")
     options = {"test_path": str(tmp_path)}
     whole = read(load(tmp_path, **options).train)
     strict, lenient = (load(tmp_path, on_corrupt=p, **options).train for p in ("raise", "skip"))
     damage(tmp_path / "a" / f"5.{suffix}", how)
-    with pytest.raises(UserError, match=rf"a/5\.{suffix} is no image that can be decoded: .*data\.on_corrupt=skip"):
+    with pytest.raises(
+        UserError, match=rf"a/5\.{suffix} is no image that can be decoded: .*data\.on_corrupt=skip"
+    ) as said:
         read(strict, 0, 5)
+    assert " 0x" not in str(said.value)
+    assert ("decoded: not BMP, JPEG, PNG or WebP. " in str(said.value)) == (how in ("empty", "text", "other"))
     rows = read(lenient, 4, 5, -1, 0)
     assert rows[SKIP].dtype == bool and rows[SKIP].tolist() == [False, True, False, False]
     assert not rows["image"][1].any() and rows["label"].shape == (4,)

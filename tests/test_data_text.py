@@ -108,11 +108,26 @@ def test_no_window_reaches_over_the_end_of_a_file(tmp_path, windows):
     source = flaxmodels.data.load("text", path=str(tmp_path / "*"), tokens="bytes", length=32, windows=windows)
     batch = every(source.train)
     tokens, segments = (np.asarray(batch["inputs"][name]) for name in ("tokens", "segments"))
-    assert source.transforms == {"windows": windows, "length": 32, **({"cut": 0} if windows == "padded" else {})}
+    assert source.transforms == {"windows": windows, "length": 32}
     assert batch["weights"].sum() == 20 + 20 + 20 - 6 - 1
     for row in range(len(tokens)):
         for segment in set(segments[row]) - {0}:
             assert len(set(tokens[row, segments[row] == segment])) == 1
+
+
+def test_texts_that_are_cut_are_counted(tmp_path):
+    for name, size in (("a", 8), ("b", 9), ("c", 90)):
+        write(tmp_path, "x" * size, name)
+    options = {"path": str(tmp_path / "*"), "tokens": "bytes", "length": 8, "validation": 0.5}
+    assert flaxmodels.data.load("text", **options, windows="padded").transforms == {
+        "windows": "padded", "length": 8, "texts cut": "3 of 4",
+    }, "9 and its end, and two parts of 90"  # fmt: skip
+    assert "texts cut" not in flaxmodels.data.load("text", **options, windows="packed").transforms
+
+
+def test_a_mark_of_the_byte_order_is_no_text(tmp_path):
+    plain, marked = (flaxmodels.data.load("text", path=write(tmp_path, mark + "ab" * 99)) for mark in ("", "\ufeff"))
+    assert marked.tokenizer == plain.tokenizer and marked.fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize(("tokens", "vocab_size"), [("words", 12), ("bpe", 300)])

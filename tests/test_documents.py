@@ -173,7 +173,7 @@ def test_padded_is_one_document_a_window():
     np.testing.assert_array_equal(batch["inputs"]["positions"][2], np.arange(8))
     real = batch["weights"] == 1
     np.testing.assert_array_equal(batch["targets"][real], batch["inputs"]["tokens"][real] + 1)
-    assert documents.transforms(corpus(sizes), "padded", LENGTH) == {"windows": "padded", "length": 8, "cut": 1}
+    assert documents.transforms([corpus(sizes)], "padded", LENGTH)["texts cut"] == f"1 of {len(sizes)}"
 
 
 def test_padded_with_labels_has_a_target_a_document():
@@ -185,7 +185,7 @@ def test_padded_with_labels_has_a_target_a_document():
     np.testing.assert_array_equal(batch["weights"], np.ones(5))
     np.testing.assert_array_equal(batch["inputs"]["segments"].sum(1), [3, 2, 8, 8, 8])
     np.testing.assert_array_equal(batch["inputs"]["tokens"][0], [0, 1, 2, 0, 0, 0, 0, 0])
-    assert documents.transforms(found, "padded", LENGTH)["cut"] == 2
+    assert documents.transforms([found], "padded", LENGTH)["texts cut"] == f"2 of {len(found.ends)}"
 
 
 # All kinds

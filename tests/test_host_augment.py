@@ -217,6 +217,18 @@ def test_a_resized_box_is_bilinear(channels):
             assert inner.max() < 4
 
 
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_inputs_of_bytes_are_images(name):
+    """As `arrays` has them."""
+    images = noise()
+    rows = {"inputs": images, "targets": np.arange(8)}
+    found = apply(make(({"name": name},)), rows, 0, 3, np.arange(8))
+    np.testing.assert_array_equal(found["inputs"], changed(images, {"name": name}, step=3))
+    assert sorted(found) == ["inputs", "targets"] and not np.array_equal(found["inputs"], images)
+    both = apply(make(({"name": name},)), {"image": images, "inputs": images}, 0, 3, np.arange(8))
+    np.testing.assert_array_equal(both["inputs"], images, "beside an image they are something else")
+
+
 # What is refused
 
 
@@ -230,7 +242,8 @@ def test_a_resized_box_is_bilinear(channels):
         (({"name": "flip", "rng": 1},), r"data.host_augment\[0\].rng=1: unknown key"),
         (({"name": "flip"}, {"name": "crop", "padding": "2"}), r"host_augment\[1\].padding='2' has the wrong type"),
         (({**OWN, "scale": -1.0},), r"data.host_augment\[0\].scale=-1.0 is out of range"),
-        (({},), r"data.host_augment\[0\]={}: expected a dict with a 'name'"),
+        (({},), r"data.host_augment\[0\]={}: expected a list of dicts, each with a \"name\".* There are: crop, "),
+        ("flip", r"data.host_augment='flip' .*expected a list of dicts.* such as \({\"name\": \"flip\"},\)"),
     ],
 )
 def test_make_refuses(specs, message):
@@ -239,10 +252,19 @@ def test_make_refuses(specs, message):
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-@pytest.mark.parametrize("rows", [{"tokens": np.zeros((2, 5), np.int32)}, {"image": np.zeros((2, 5, 5), np.uint8)}])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        {"tokens": np.zeros((2, 5), np.int32)},
+        {"image": np.zeros((2, 5, 5), np.uint8)},
+        {"inputs": np.zeros((2, 5, 5), np.uint8)},
+        {"inputs": np.zeros((2, 5, 5, 3), np.float32)},
+    ],
+)
 def test_what_is_no_image_is_refused(name, rows):
     with pytest.raises(
-        UserError, match=rf"{name!r}, which is for an entry 'image' .* has '(tokens|image)' (int32|uint8) \(5"
+        UserError,
+        match=rf"{name!r}, which is for an entry 'image' .* has '(tokens|image|inputs)' (int32|uint8|float32) \(5",
     ):
         apply(make(({"name": name},)), rows, 0, 0, np.arange(2))
 

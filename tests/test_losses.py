@@ -339,6 +339,13 @@ def test_weights_of_another_shape_are_refused(loss):
             loss(normal(B, B, C), {"targets": targets, "weights": np.ones(B)})
 
 
+@pytest.mark.parametrize("targets", [np.zeros(B, np.int32), np.ones((B, 1), np.float32), np.full((B, 2), 7.0)])
+def test_one_class_is_refused(targets):
+    """Every output would be right, with a loss of 0; so is it with floats that number classes, or are to be matched."""
+    with pytest.raises(ValueError, match=r"\(4, 1\).* at least 2 classes.*mean_squared_error.*sigmoid.*be integers"):
+        softmax_cross_entropy(normal(B, 1), {"targets": targets, "weights": np.ones(B)})
+
+
 # sigmoid_cross_entropy, mean_squared_error
 
 

@@ -145,6 +145,14 @@ def test_integer_pixels_are_the_same_as_float_ones(model):
     np.testing.assert_array_equal(run(model, variables, pixels), run(model, variables, pixels.astype(jnp.float32)))
 
 
+@pytest.mark.parametrize("model", [MLP(3), CNN(3), ResNet(3)], ids=lambda m: type(m).__name__)
+def test_a_dict_of_inputs_is_refused(model):
+    inputs = {"tokens": np.zeros((2, 8), np.int32), "segments": np.ones((2, 8), np.int32)}
+    message = r"inputs are a dict with the keys (tokens, segments|segments, tokens): .* one array. .* the transformer"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(model.init, jax.random.key(0), inputs)
+
+
 # MLP
 
 

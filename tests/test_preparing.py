@@ -5,11 +5,13 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from shared_data import shared_data
 
 import flaxmodels.data
@@ -454,7 +456,7 @@ def test_empty_files_are_refused_and_mended(tmp_path):
 
 def test_too_few_tokens(tmp_path):
     (tmp_path / "a.txt").write_text("word " * 20)
-    with pytest.raises(UserError, match="1 tokens in the test split: expected two or more"):
+    with pytest.raises(UserError, match="1 token in the test split: expected two or more"):
         options = {"path": str(tmp_path / "a.txt"), "tokens": "words", "vocab_size": 9, "validation": 0.05}
         prepare("text", options, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -471,9 +473,12 @@ def test_what_is_shown(tmp_path, lines, monkeypatch):
     pipe, terminal = io.StringIO(), Terminal()
     manifest = prepare("lines", options, tmp_path / "pipe", pipe)
     said = pipe.getvalue().splitlines()
-    assert [line.split()[0] for line in said[:3]] == ["reading", "counting", "learning"]
-    assert re.fullmatch(r"encoding   [\d.]+ [KMGT]?i?B of [\d.]+ KiB.*", said[4]) and "\x1b" not in pipe.getvalue()
-    assert "900 texts" in said[3] and "99 tokens in the vocabulary" in said[3]
+    for at in ("reading", "counting", "learning", "encoding"):  # each to its end
+        *_, last = [line for line in said if line.startswith(at)]
+        assert (found := re.fullmatch(at + r" +([\d.]+ [KMGT]?i?B) of ([\d.]+ [KMGT]?i?B).*", last)), said
+        assert found[1] == found[2]
+    assert "\x1b" not in pipe.getvalue()
+    assert any("900 texts" in line and "99 tokens in the vocabulary" in line for line in said)
     assert said[-1].endswith(f"fingerprint {manifest['fingerprint']}")
     prepare("lines", options, tmp_path / "terminal", terminal)
     assert "\x1b[" in terminal.getvalue() and manifest["fingerprint"] in terminal.getvalue()
@@ -506,3 +511,27 @@ def test_the_manifest_says_what_there_is(tmp_path, lines):
     ]
     assert manifest["options"]["tokens"] == "bytes" and manifest["options"]["name"] == "lines"
     assert str(tmp_path) not in json.dumps(manifest), "the folder may move"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path, number):
+    (tmp_path / "a.txt").write_text("".join(f"{i} some words to be encoded\n" for i in range(600_000)))
+    sections = {"model": {"name": "transformer"}, "optim": {"name": "adam", "learning_rate": 0.1}}
+    data = {"name": "text", "path": str(tmp_path / "a.txt"), "tokens": "words", "vocab_size": 999, "batch_size": 8}
+    config = {**sections, "train": {"duration": 1}, "data": data}
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    return {config!r}\n")
+    command = [sys.executable, "-m", "flaxmodels", "prepare", f"--config={tmp_path / 'mine.py'}"]
+    command.append(f"--to={tmp_path / 'out'}")
+    options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, **options) as process:
+        for line in process.stdout:
+            if line.startswith("encoding"):
+                break
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number and "Traceback" not in err, (out, err)
+    assert f"{number.name}: stopped while encoding" in out + err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    done = subprocess.run(command, timeout=120, **options)
+    assert done.returncode == 0 and "is prepared" in done.stdout, done.stderr

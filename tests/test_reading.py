@@ -106,6 +106,20 @@ def test_labels_keep_their_type(tmp_path):
     assert labels == [3, 1, "3"] and [type(x) for x in labels] == [int, int, str]
 
 
+def test_space_around_labels_is_none_of_them(tmp_path):
+    path = write(tmp_path, "a", "text,label\n x,neg\ny, neg\nz,neg \n")
+    assert [(r.text, r.label) for r in read("csv", path, text="text", label="label")] == [
+        (" x", "neg"), ("y", "neg"), ("z", "neg"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", "   ", "\n  \n\n", "  \r\n"])
+def test_blank_lines_of_tables_are_left_out(tmp_path, end):
+    files = (("csv", "t,l\nx,1\n"), ("tsv", "t\tl\nx\t1\n"), ("csv", "t\n   \nx\n"), ("jsonl", '{"t": "x"}\n'))
+    for kind, content in files:
+        assert [r.text for r in read(kind, write(tmp_path, "a", content + end), text="t")] == ["x"]
+
+
 def test_lines(tmp_path):
     path = write(tmp_path, "a", "one \n\n  \ntwo\r\n\u2028three\x85 ")
     assert [(r.text, r.where) for r in read("lines", path)] == [
@@ -133,8 +147,11 @@ def test_one_name_is_no_label(tmp_path):
 
 
 def test_a_small_text_is_one_record_as_it_is(tmp_path):
-    content = "\ufeffone\r\ntwo\n\nthree"
-    assert list(read("text", write(tmp_path, "a", content))) == [Record(content, where=f"{tmp_path / 'a'}:1")]
+    content = "one\r\ntwo\n\nthree\ufeff"
+    for written in (content, "\ufeff" + content):  # but for the mark that some editors write
+        assert list(read("text", write(tmp_path, "a", written))) == [Record(content, where=f"{tmp_path / 'a'}:1")]
+    with pytest.raises(UserError, match="is empty"):
+        list(read("text", write(tmp_path, "a", "\ufeff")))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "latin-1"])
@@ -197,30 +214,48 @@ TEXT, LABELLED, PAIR = {"text": "t"}, {"text": "t", "label": "l"}, {"prompt": "p
     [
         ("csv", "", TEXT, "a is empty: expected a header"),
         ("csv", "t,l\n", TEXT, "a has no rows"),
-        ("csv", "t,l\nx,1\nx\n", LABELLED, "a:3 has 1 fields: expected 2"),
-        ("csv", 't,l\n"x\ny",1\nx,y,1\n', LABELLED, "a:4 has 3 fields: expected 2"),
+        ("csv", "t,l\nx,1\nx\n", LABELLED, "a:3: the number of fields is 1: expected 2"),
+        ("csv", 't,l\n"x\ny",1\nx,y,1\n', LABELLED, "a:4: the number of fields is 3: expected 2"),
         ("csv", 't,l\nx,1\n"x,1\ny,0\n', LABELLED, "a:3: the row that begins here is no CSV: unexpected end of data"),
         ("csv", 't,l\n"x"y,1\n', LABELLED, "a:2: the row that begins here is no CSV.*use tsv"),
         ("csv", "t,l\nx,\n", LABELLED, "a:2 has no label: 'l' is empty there"),
         ("csv", "t,l\nx,1\n,1\n", LABELLED, "a:3: 't' is empty: expected a text"),
-        ("csv", "t,t\nx,1\n", TEXT, "a has twice column 't'"),
+        ("csv", "t,t\nx,1\n", TEXT, r"a has 2 columns 't' \(data\.text\): expected one\. Rename some\.$"),
+        ("csv", "t;l\nx, y;1\n", LABELLED, "no column 't'.* Its header is one column, with ';' in it. Convert it"),
+        ("csv", "t\tl\nx\t1\n", LABELLED, r"with '\\t' in it\. Read it with data\.name='tsv'"),
+        ("tsv", "t,l\nx,1\n", LABELLED, r"with ',' in it\. Read it with data\.name='csv'"),
+        ("csv", "t,l\rx,1\r", LABELLED, "a has no line end but the carriage return alone.*tr "),
+        ("lines", "x\ry", {}, "a has no line end but the carriage return alone"),
+        ("csv", "t,l\nx\ry,1\n", LABELLED, "a:2: .* is no CSV: it has a carriage return .* outside of quotes"),
+        ("csv", "t,l\nx, \n", LABELLED, "a:2 has no label: 'l' is empty there"),
+        ("csv", 't\n""\n', TEXT, "a:2: 't' is empty"),
         ("csv", "p,c\nx,\n", PAIR, "a:2: 'c' is empty"),
         ("tsv", "", TEXT, "a is empty: expected a header"),
-        ("tsv", "t\tl\nx\t1\ty\n", LABELLED, "a:2 has 3 fields: expected 2.*tab"),
+        ("tsv", "t\tl\nx\t1\ty\n", LABELLED, "a:2: the number of fields is 3: expected 2.*tab"),
         ("jsonl", "\n\n", TEXT, "a has no rows"),
         ("jsonl", '{"t": "x"}\n\n{"t": "x"\n', TEXT, r"a:3 is no JSON: .*delimiter"),
         ("jsonl", "[1]\n", TEXT, "a:1 is list: expected a JSON object"),
         ("jsonl", "[" * 100_000 + "\n", TEXT, "a:1 is no JSON"),
         ("jsonl", '{"t": "x", "l": 1}\n{"t": "x", "k": 1}\n', LABELLED, r"a:2 has no column 'l'.*There are: k, t"),
-        ("jsonl", '{"t": null}\n', TEXT, "a:1: 't' is None: expected a text"),
-        ("jsonl", '{"t": 3}\n', TEXT, "a:1: 't' is 3: expected a text"),
-        ("jsonl", '{"t": "x", "l": 0.5}\n', LABELLED, r"a:1: the label 'l' is 0\.5: expected a string or an integer"),
+        ("jsonl", '{"t": null}\n', TEXT, "a:1: 't' is null: expected a text. Take the row out"),
+        ("jsonl", '{"t": [{"role": "user"}]}\n', TEXT, r"'t' is \[.*\], of type list: expected a text.*data\.text"),
+        ("jsonl", '{"a": {"t": "x"}}\n', {"text": "a.t"}, "no column 'a.t'.* Keys are looked up at the top level"),
+        ("jsonl", '{"t": 3}\n', TEXT, "a:1: 't' is 3, of type int: expected a text. Name a column"),
+        ("jsonl", '{"t": "x", "l": 0.5}\n', LABELLED, r"the label 'l' is 0\.5: .*Name a column of classes"),
         ("jsonl", '{"t": "x", "l": null}\n', LABELLED, "a:1 has no label"),
         ("parquet", "t,l\nx,1\n", TEXT, "a can't be read as parquet, after row 0"),
         ("parquet", "", TEXT, "a can't be read as parquet"),
         ("lines", "\n \n", {}, "a is empty: expected an example on each line"),
         ("text", "", {}, r"data\.path: .*a is empty: expected text"),
         ("csv", b"t,l\nx,1\nna\xefve,1\n", TEXT, r'a:3 is not utf-8: byte 0xef at offset 10.*data\.encoding="latin-1"'),
+        (
+            "lines",
+            "x\n".encode("utf-16"),
+            {},
+            r'a:1 is not utf-8: byte 0xff at offset 0\..*data\.encoding="utf-16".*-f utf',
+        ),
+        ("text", b"\xfe\xff\0x", {}, r'byte 0xfe.*data\.encoding="utf-16"'),
+        ("text", "x".encode("utf-32"), {"encoding": "ascii"}, r'byte 0xff.*data\.encoding="utf-32"'),
         ("text", b"fine\nfine\nna\xc3", {}, "a:3 is not utf-8: byte 0xc3 at offset 12"),
         ("text", b"x", {"encoding": "utf8ish"}, r"data\.encoding='utf8ish' is not known\. Did you mean 'utf-8'"),
         ("text", b"x", {"encoding": "base64"}, r"data\.encoding='base64' is not known"),
@@ -259,5 +294,5 @@ def test_damaged_parquet_is_named(tmp_path):
 
 def test_parquet_columns_that_are_no_texts_are_named(tmp_path):
     path = write_table(tmp_path, "parquet", [(1, "a"), (2, "b")])
-    with pytest.raises(UserError, match="a:1: 'text' is 1: expected a text"):
+    with pytest.raises(UserError, match="a:1: 'text' is 1, of type int: expected a text"):
         list(read("parquet", path, text="text"))

@@ -71,7 +71,9 @@ def test_text_and_label_are_a_classification(tmp_path):
     source = load("jsonl", path=write(tmp_path, REVIEWS), text="text", label="label", length=16)
     assert source.facts == {"vocab_size": 257, "max_length": 16, "classes": 2}
     assert source.labels == ("bad", "good") and source.token_bytes is None and source.tokens_per_example == 16
-    assert source.transforms == {"windows": "padded", "length": 16, "cut": 0}
+    assert source.transforms == {"windows": "padded", "length": 16}
+    short = load("jsonl", path=write(tmp_path, REVIEWS), text="text", label="label", length=9)
+    assert short.transforms == {"windows": "padded", "length": 9, "texts cut": "50 of 60"}, "review 10 and an end: 10"
     seen = {}
     for split in (source.train, source.test):
         seen |= dict(zip(texts(source, split), every(split)["targets"].tolist(), strict=True))
@@ -168,6 +170,42 @@ def test_equal_texts_stand_on_one_side(tmp_path):
     assert not test & set(texts(source, source.train)) and source.train.size + source.test.size == 400
 
 
+def test_equal_texts_with_labels_stand_on_one_side(tmp_path):
+    """Of the texts that differ, the same part of each class is held out, and the copies of those."""
+    rows = [{"text": f"text {i % 40}", "label": "good" if i % 40 < 30 else "bad"} for i in range(400)]
+    source = load("jsonl", path=write(tmp_path, rows), text="text", label="label", validation=0.2)
+    train, test = (texts(source, split) for split in (source.train, source.test))
+    assert not set(train) & set(test) and len(train) + len(test) == 400
+    assert np.bincount(every(source.test)["targets"]).tolist() == [2 * 10, 6 * 10]
+    again = load("jsonl", path=write(tmp_path, rows), text="text", label="label", validation=0.2)
+    assert texts(again, again.test) == test
+    distinct = load("jsonl", path=write(tmp_path, rows[:40]), text="text", label="label", validation=0.2)
+    assert set(texts(distinct, distinct.test)) == set(test)
+
+
+def test_a_text_with_two_labels_stays_where_the_rarer_one_is_learned(tmp_path):
+    rows = [{"text": f"text {i}", "label": "good" if i % 2 else "bad"} for i in range(40)]
+    for i in range(40):
+        path = write(tmp_path, [*rows, {"text": f"text {i}", "label": "odd"}])
+        source = load("jsonl", path=path, text="text", label="label", validation=0.5)
+        assert source.labels == ("bad", "good", "odd") and 2 in every(source.train)["targets"]
+        assert not set(texts(source, source.train)) & set(texts(source, source.test))
+
+
+@pytest.mark.parametrize(
+    ("rows", "label", "message"),
+    [
+        ([{"t": f"text {i}", "l": f"{i / 7}"} for i in range(40)], "l", "They have 40 different labels: is what"),
+        ([{"t": "the prompt", "l": "ab"[i % 2]} for i in range(40)], "l", "holds out 0; .*All are equal"),
+        ([{"t": "the prompt"}] * 40, None, "All are equal, and equal texts stay together"),
+        ([{"t": "alone"}], None, r"of 1 example leaves . to train on and holds out .; both need one\. Change it"),
+    ],
+)
+def test_why_nothing_can_be_held_out(tmp_path, rows, label, message):
+    with pytest.raises(UserError, match=rf"data\.path='.*a\.jsonl': data\.validation=0\.1 {message}|{message}"):
+        load("jsonl", path=write(tmp_path, rows), text="t", label=label)
+
+
 @pytest.mark.parametrize(
     ("validation", "message"), [(0.0, "leaves 60 to train on and holds out 0"), (1.0, "leaves 0 to")]
 )
@@ -245,5 +283,5 @@ def test_errors_name_the_option(tmp_path, options, message):
 
 def test_one_class_is_no_classification(tmp_path):
     path = write(tmp_path, [{"t": "x", "l": 0}] * 9)
-    with pytest.raises(UserError, match="All 9 labels to train on are '0'"):
+    with pytest.raises(UserError, match=r"a\.jsonl': all 9 labels to train on are '0'"):
         tables.jsonl(path, test_path=path, text="t", label="l")

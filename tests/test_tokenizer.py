@@ -263,6 +263,10 @@ def test_a_file_that_is_not_there(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError, match=r"neither a kind of tokens nor a file .* Did you mean 'tokenizer\.json'"):
         tokenizer.load(tmp_path / "tokeniser.json")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "my_tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"are: bpe, bytes, characters, my_tokenizer\.json, tokenizer\.json, words"):
+        tokenizer.load(tmp_path / "tokeniser.json")
     with pytest.raises(UserError, match="neither"):
         tokenizer.load(tmp_path / "nowhere" / "tokenizer.json")
 

@@ -1,6 +1,17 @@
 """Data sources by name: each is a function that returns a `Source`, and its signature is its config section.
 
-Read `split.py` next: it says what a source is. Then `order.py`: which examples a step sees.
+Read `split.py` next: it says what a source is. Then `order.py`: which examples a step sees; then `feed.py`: how they
+come to the devices. The rest:
+
+    threads, loading                         reading ahead, by threads and by worker processes
+    images, arrays, image_folder             sources of images and arrays; builders/ and prepared: official archives
+    tfds_source, tfds_sets, tfds_features, records     any set of TFDS, from ArrayRecord files
+    text, tables, reading, text_files        sources of text, and the files they read
+    tokenizer, vocabularies, byte_pairs      between text and tokens
+    documents, packing, token_rows           from documents to windows
+    preparing, corpus, token_files, token_folder, token_writer     tokens on disk
+    mixture, held_out                        several sources as one; what is evaluated on
+    augment, augment_images, augment_mixing, randaugment, host_augment     augmentation
 """
 
 from collections.abc import Mapping

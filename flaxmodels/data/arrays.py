@@ -40,7 +40,9 @@ def arrays(
     What the targets are says what is learned:
       integers (N,) or (N, 1): classes, numbered from 0; the fact "classes" is the largest of `train`, plus 1.
       integers (N, T), with inputs of the same shape: tokens; the facts are "vocab_size" and "max_length".
-      floats: values. (N,) become (N, 1); of (N, K) the fact "classes", the width of what a model gives, is K.
+      floats: values. (N,) become (N, 1); of (N, K) the fact "classes", the width of what a model gives, is K. The
+        transform "values" says whether they are "probabilities", each row of at least two from 0 on and with the sum 1
+        (within 0.001), or else "numbers". Classes written as floats are numbers, too: only integers are classes.
 
     Inputs of bytes with rank 3 or 4 are images, (N, H, W) or (N, H, W, C), scaled to 0..1. All others are as they are:
     64-bit numbers become 32-bit ones, and integers of any size arrive as int32.
@@ -80,6 +82,7 @@ def arrays(
         facts=facts,
         fingerprint=fingerprint({f"{s}/{n}": describe(a) for s, p in parts.items() for n, a in p.arrays.items()}),
         tokens_per_example=facts.get("max_length", 1),
+        transforms={"values": _values(known, unseen)} if known.kind == "values" else {},
     )
 
 
@@ -243,6 +246,16 @@ def _facts(known: _Part) -> dict[str, int]:
         if (bad := array < 0).any():
             _refuse(array, bad, f"{known.where}: {name}", "negative; numbers of classes and of tokens start at 0")
     return {"vocab_size": size, "max_length": targets.shape[1]} if known.kind == "tokens" else {"classes": size}
+
+
+def _values(*parts: _Part) -> Literal["numbers", "probabilities"]:
+    """What float targets are, of which no dtype or shape tells."""
+    for part in parts:
+        targets = part.arrays["targets"]
+        sums = targets.sum(axis=-1, dtype=np.float64)
+        if targets.shape[-1] < 2 or targets.min() < 0 or np.abs(sums - 1).max() > 1e-3:
+            return "numbers"
+    return "probabilities"
 
 
 def _check_alike(known: _Part, unseen: _Part, facts: dict[str, int]) -> None:

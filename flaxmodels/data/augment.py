@@ -87,13 +87,14 @@ def bound(
     `where` is the key of the config that holds them, for messages; `provided` are parameters that their caller passes;
     `facts` fill options of the same name.
     """
+    expected = 'expected a list of dicts, each with a "name", such as ({"name": "flip"},)'
     if not isinstance(specs, list | tuple):
-        raise UserError(f"{where}={specs!r} has the wrong type: expected a list of dicts, each with a 'name'.")
+        raise UserError(f"{where}={registry.plain(specs)!r} has the wrong type: {expected}.")
     functions = []
     for place, spec in enumerate(map(registry.plain, specs)):
         here = f"{where}[{place}]"
         if not isinstance(spec, dict) or "name" not in spec:
-            raise UserError(f"{here}={spec!r}: expected a dict with a 'name'. {registry.suggest('', table)}")
+            raise UserError(f"{here}={spec!r}: {expected}. {registry.suggest('', table)}")
         function = registry.pick(table, spec["name"], f"{here}.name")
         spec = {key: value for key, value in spec.items() if key != "name"}
         options = registry.bind(function, spec, where=here, provided=provided, optional=tuple(facts))

@@ -72,6 +72,12 @@ def flip(image: jax.Array, key: jax.Array, *, horizontal: Fraction = 0.5, vertic
 @per_image
 def cutout(image: jax.Array, key: jax.Array, *, size: Positive = 8, fill: Fraction = 0.0) -> jax.Array:
     """Fill a square of `size` pixels, its centre anywhere in the image (DeVries & Taylor 2017, arXiv:1708.04552)."""
+    height, width, _ = image.shape
+    if size > min(height, width):
+        raise UserError(
+            f"data.augment has 'cutout' with size={size}, and images of {height} x {width}, of which little or nothing "
+            f"would be left: set a size of at most {min(height, width)}."
+        )
     return jnp.where(box(image.shape, key, (size, size)), fill, image)
 
 

@@ -28,6 +28,8 @@ SOURCES: Mapping[str, Callable[..., Any]] = {
 PATHS = ("path", "test_path")
 # Options that matter when tokens are read, and not when they are made.
 _LATER = ("length", "windows")
+# Bytes read at a time.
+_READ = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +97,11 @@ class Corpus:
             progress(size)
         if self.hold_out == "tail":
             held, pieces = round(characters * self.validation), pieces + 1
-        total, unit = (characters, "characters") if self.hold_out == "tail" else (texts, "texts")
+        total, unit = (characters, "character") if self.hold_out == "tail" else (texts, "text")
         if not 0 < held < total:
             raise UserError(
-                f"data.validation={self.validation:g} of {total} {unit} holds out {held}: expected at least one, and "
-                "one to train on. Change it, or use more text."
+                f"data.validation={self.validation:g} of {counted(total, unit)} holds out {held}: expected at least "
+                "one, and one to train on. Change it, or use more text."
             )
         return Survey(texts, pieces, characters, nbytes)
 
@@ -165,15 +167,22 @@ def inputs(options: Mapping[str, Any]) -> list[tuple[Path, int]]:
     return [one for of_key in found for one in of_key]
 
 
+def counted(number: int, thing: str) -> str:
+    """1 and "text": "1 text"; 2 and "text": "2 texts"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
+
+
 def describe(files: Sequence[tuple[Path, int]], progress: Callable[[int], None]) -> list[dict[str, Any]]:
     """Name, size and sha256 of each of the `inputs`, ready for JSON: {"file", "bytes", "sha256"}."""
     found = []
     for file, size in files:
+        sha256 = hashlib.sha256()
         try:
             with file.open("rb") as content:
-                sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+                while part := content.read(_READ):
+                    sha256.update(part)
+                    progress(len(part))
         except OSError as error:
             raise UserError(f"{file} can't be read: {error.strerror}.") from error
-        progress(size)
-        found.append({"file": file.name, "bytes": size, "sha256": sha256})
+        found.append({"file": file.name, "bytes": size, "sha256": sha256.hexdigest()})
     return found

@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxmodels.data.packing import packed_split
 from flaxmodels.data.split import Batch, Rows, Split, Tokenizer, take
-from flaxmodels.data.token_rows import Stored, places_of, read_rows, skipped, stored_split
+from flaxmodels.data.token_rows import Stored, nothing, places_of, read_rows, skipped, stored_split
 from flaxmodels.data.tokenizer import encode_many
 from flaxmodels.registry import UserError
 
@@ -59,8 +59,8 @@ def windows(documents: Documents, kind: Windows, length: int, where: Sequence[st
       A split whose targets and weights are (B, length); or (B,), with labels, for "padded".
 
     Raises:
-      UserError: labels or prompts with another kind; too many windows; no document has two tokens; or the prompt of a
-        document of "padded" leaves no room for a target.
+      UserError: labels or prompts with another kind; too many windows; no window has a target; or the prompt of a
+        document of "padded" leaves no room for one.
     """
     if documents.labels is not None and kind != "padded":
         raise UserError(f"data.windows={kind!r}: with labels each window has one text. Use windows='padded'.")
@@ -71,6 +71,8 @@ def windows(documents: Documents, kind: Windows, length: int, where: Sequence[st
     if kind == "padded":
         return _padded(documents, length, where)
     tokens = documents.tokens
+    if tokens.size < 2:
+        raise nothing()
     return window_split(tokens, length) if isinstance(tokens, np.ndarray) else _stored_windows(tokens, length)
 
 
@@ -97,12 +99,15 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], closed: np.ndarray) -> tu
     return tokens, places
 
 
-def transforms(documents: Documents, kind: Windows, length: int) -> dict[str, Any]:
-    """What `windows` does, for `Source.transforms`; with how many documents "padded" windows cut short."""
+def transforms(splits: Sequence[Documents], kind: Windows, length: int) -> dict[str, Any]:
+    """What `windows` does to all splits, for `Source.transforms`.
+
+    Where "padded" windows lose the ends of documents, "texts cut" says of how many: {"texts cut": "3 of 40"}.
+    """
     done: dict[str, Any] = {"windows": kind, "length": length}
-    if kind == "padded":
-        sizes = documents.ends - documents.begins
-        done["cut"] = int((sizes - (documents.labels is None) > length).sum())
+    cut = sum(int((found.ends - found.begins - (found.labels is None) > length).sum()) for found in splits)
+    if kind == "padded" and cut:
+        done["texts cut"] = f"{cut} of {sum(len(found.ends) for found in splits)}"
     return done
 
 
@@ -163,6 +168,8 @@ def _padded(documents: Documents, length: int, where: Sequence[str]) -> Split:
             f"leaves nothing of the completion in a window of data.length={length}. Use a larger length, or "
             "windows='packed'."
         )
+    if documents.labels is None and (sizes <= (1 if prompts is None else np.maximum(prompts, 1))).all():
+        raise nothing()
     gather = functools.partial(
         _gather_padded,
         tokens=documents.tokens,

@@ -92,13 +92,14 @@ def flip(
     example: Example, rng: np.random.Generator, *, horizontal: Fraction = 0.5, vertical: Fraction = 0.0
 ) -> Example:
     """Mirror the image left to right with probability `horizontal`, and upside down with probability `vertical`."""
-    image, (across, down) = _image(example, "flip"), rng.random(2) < (horizontal, vertical)
-    return {**example, "image": image[:: -1 if down else 1, :: -1 if across else 1]}
+    entry, image = _image(example, "flip")
+    across, down = rng.random(2) < (horizontal, vertical)
+    return {**example, entry: image[:: -1 if down else 1, :: -1 if across else 1]}
 
 
 def crop(example: Example, rng: np.random.Generator, *, padding: int = 4, mode: Mode = "zeros") -> Example:
     """Pad the image by `padding` pixels on each side and cut the old size out, anywhere."""
-    image = _image(example, "crop")
+    entry, image = _image(example, "crop")
     height, width, _ = image.shape
     if mode == "reflect" and padding >= min(height, width):
         raise UserError(
@@ -107,7 +108,7 @@ def crop(example: Example, rng: np.random.Generator, *, padding: int = 4, mode: 
         )
     row, column = rng.integers(0, 2 * padding, 2, endpoint=True)
     wide = np.pad(image, [(padding, padding)] * 2 + [(0, 0)], mode="reflect" if mode == "reflect" else "constant")
-    return {**example, "image": wide[row : row + height, column : column + width]}
+    return {**example, entry: wide[row : row + height, column : column + width]}
 
 
 def resized_crop(
@@ -116,14 +117,14 @@ def resized_crop(
     """Cut a box out and stretch it to the size of the image, with Pillow; see `augment_images.resized_crop`.
 
     Args:
-      example: "image" (H, W, C) uint8.
+      example: "image" or "inputs", (H, W, C) uint8.
       rng: of the example.
       area: range of the box's share of the image; uniform.
       aspect: range of its width over its height; uniform in the logarithm.
     """
     from PIL import Image
 
-    image = _image(example, "resized_crop")
+    entry, image = _image(example, "resized_crop")
     height, width, channels = image.shape
     if image.dtype != np.uint8:
         raise UserError(
@@ -143,15 +144,17 @@ def resized_crop(
     parts = [image] if channels == 3 else [image[..., channel] for channel in range(channels)]
     size, how = (width, height), Image.Resampling.BILINEAR
     found = [np.asarray(Image.fromarray(part).resize(size, how, box)) for part in parts]
-    return {**example, "image": found[0] if channels == 3 else np.stack(found, axis=-1)}
+    return {**example, entry: found[0] if channels == 3 else np.stack(found, axis=-1)}
 
 
-def _image(example: Example, name: str) -> np.ndarray:
-    image = example.get("image")
-    if image is None or image.ndim != 3:
-        found = ", ".join(f"{entry!r} {value.dtype} {value.shape}" for entry, value in example.items())
-        raise UserError(
-            f"data.host_augment has {name!r}, which is for an entry 'image' (height, width, channels). "
-            f"An example has {found}: leave it out."
-        )
-    return image
+def _image(example: Example, name: str) -> tuple[str, np.ndarray]:
+    """The entry that holds the image, and the image (H, W, C): "image", or "inputs" of bytes, as `arrays` has it."""
+    for entry in ("image", "inputs"):
+        image = example.get(entry)
+        if image is not None and image.ndim == 3 and (entry == "image" or image.dtype == np.uint8):
+            return entry, image
+    found = ", ".join(f"{entry!r} {value.dtype} {value.shape}" for entry, value in example.items())
+    raise UserError(
+        f"data.host_augment has {name!r}, which is for an entry 'image' (height, width, channels), or 'inputs' of that "
+        f"shape and of uint8. An example has {found}: leave it out."
+    )

@@ -19,6 +19,8 @@ from flaxmodels.data.split import SKIP, Rows, Source, Split, fingerprint
 from flaxmodels.registry import Fraction, Positive, UserError, suggest
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+# Images that are left out, and counted; any other file is none.
+OTHERS = (".avif", ".gif", ".heic", ".heif", ".tif", ".tiff")
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")  # what Pillow may try, whatever else it knows
 # Up to this many bytes in all, the content of the files is part of the fingerprint.
 HASHED = 2**30
@@ -40,8 +42,9 @@ def image_folder(
     """Your own images, one folder a class: `path/CLASS/*.png`, also jpg, jpeg, webp and bmp, and folders within.
 
     Or `path/train/CLASS`, with `path/test/CLASS`, `path/val/CLASS` or `path/validation/CLASS` to evaluate on. Names
-    that begin with a dot, links to folders inside of a class, and files of other kinds there are left alone. Classes
-    are numbered, and images come, in the order of their names.
+    that begin with a dot, links to folders inside of a class, and files of other kinds there are left alone; the
+    transform "left out" is how many of these are images all the same, such as .gif and .tiff. Classes are numbered, and
+    images come, in the order of their names.
 
     Each image is turned upright as its EXIF data say, scaled with antialiasing so that it covers the square, and
     cropped around its centre. What is transparent becomes white; 16-bit grey is scaled to 8 bits.
@@ -58,10 +61,10 @@ def image_folder(
       on_corrupt: what to do about a file that can't be decoded: "raise", or "skip", which leaves it out of the loss.
 
     Raises:
-      UserError: there is no such folder, or no class in it; a class has no images, or is not one of those to train on;
-        a file can't be read. Later, when it is needed, an image that is damaged.
+      UserError: there is no such folder, or fewer than two classes in it; a class has no images, or is not one of those
+        to train on; a file can't be read. Later, when it is needed, an image that is damaged.
     """
-    root, found = _found(path, test_path)
+    root, found, left_out = _found(path, test_path)
     labels = tuple(sorted(found[0]))
     known, *others = (_files(part, labels) for part in found)
     if others:
@@ -82,7 +85,7 @@ def image_folder(
         test,
         facts={"classes": len(labels)},
         fingerprint=fingerprint({"train": _digest(known, root, whole), "test": _digest(unseen, root, whole)}),
-        transforms={"size": size, "channels": channels},
+        transforms={"size": size, "channels": channels, **({"left out": left_out} if left_out else {})},
         labels=labels,
     )
 
@@ -103,8 +106,8 @@ class _Files:
         return int(self.size.sum())
 
 
-def _found(path: str, test_path: str | None) -> tuple[str, list[dict[str, list[str]]]]:
-    """The folder, and class -> images of what to train on and, if there is such a thing, of what to evaluate on."""
+def _found(path: str, test_path: str | None) -> tuple[str, list[dict[str, list[str]]], int]:
+    """The folder; class -> images, to train on and, if there are such, to evaluate on; and how many `OTHERS`."""
     root = _folder(path, "data.path")
     inside = {entry.name: entry.path for entry in _entries(root) if entry.is_dir()}
     tests = [inside[name] for name in _TESTS if name in inside]
@@ -126,13 +129,17 @@ def _found(path: str, test_path: str | None) -> tuple[str, list[dict[str, list[s
         )
     else:
         parts = [train, *(tests if divided else ())]
-    classes = [_classes(part) for part in parts]
+    classes, left_out = zip(*map(_classes, parts))
+    if len(classes[0]) == 1:
+        raise UserError(
+            f"{train} has the class {min(classes[0])!r} only: expected at least two, each a folder with its images."
+        )
     if len(classes) == 2 and (extra := sorted(set(classes[1]) - set(classes[0]))):
         raise UserError(
             f"{parts[1]} has the class {extra[0]!r}, which {parts[0]} has not: nothing would be trained for it. "
             f"{suggest(extra[0], classes[0])}"
         )
-    return root, classes
+    return root, list(classes), sum(left_out)
 
 
 def _folder(path: str, where: str) -> str:
@@ -156,12 +163,13 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _classes(folder: str) -> dict[str, list[str]]:
-    """Class -> its images."""
+def _classes(folder: str) -> tuple[dict[str, list[str]], int]:
+    """Class -> its images; and how many `OTHERS` are beside them."""
     entries = _entries(folder)
     if stray := sorted(entry.path for entry in entries if _is_image(entry.name) and not entry.is_dir()):
         raise UserError(f"{stray[0]} is in no class: expected images in {folder}/CLASS/.")
-    classes = {entry.name: list(_images(entry.path)) for entry in entries if entry.is_dir()}
+    there = {entry.name: list(_images(entry.path)) for entry in entries if entry.is_dir()}
+    classes = {name: list(filter(_is_image, files)) for name, files in there.items()}
     if not classes:
         raise UserError(f"{folder} has no folders in it: expected one a class, with images.")
     for name, files in sorted(classes.items()):
@@ -170,14 +178,15 @@ def _classes(folder: str) -> dict[str, list[str]]:
                 f"{folder}/{name} has no images: expected files that end in {', '.join(SUFFIXES)}. "
                 "Remove the folder, if it is no class."
             )
-    return classes
+    return classes, sum(map(len, there.values())) - sum(map(len, classes.values()))
 
 
 def _images(folder: str) -> Iterator[str]:
+    """All images within, `OTHERS` too."""
     for entry in _entries(folder):
         if entry.is_dir(follow_symlinks=False):  # a link may lead back up
             yield from _images(entry.path)
-        elif _is_image(entry.name):
+        elif entry.name.lower().endswith((*SUFFIXES, *OTHERS)):
             yield entry.path
 
 
@@ -235,11 +244,18 @@ def _gather(
         except Exception as error:  # of a damaged file Pillow raises nearly anything
             if not skip:
                 raise UserError(
-                    f"{file} is no image that can be decoded: {error}. Remove it or repair it, "
+                    f"{file} is no image that can be decoded: {_why(error)}. Remove it or repair it, "
                     "or leave such files out with --config.data.on_corrupt=skip."
                 ) from error
             damaged[row] = True
     return {**rows, SKIP: damaged} if skip else rows
+
+
+def _why(error: Exception) -> str:
+    from PIL import UnidentifiedImageError
+
+    # Pillow names an address in memory instead.
+    return "not BMP, JPEG, PNG or WebP" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def decode(file: str, size: int, channels: int) -> np.ndarray:

@@ -21,7 +21,11 @@ def shown(stream: TextIO) -> Iterator[tuple[_Progress, Callable[[str], None]]]:
     """Two functions: one to call with (what is done, bytes, of how many, tokens), and one that prints a line."""
     safe = SafeStream(stream)
     if not (stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")):
-        yield _lines(safe), lambda text: _print(safe, text)
+        lines = _Lines(safe)
+        try:
+            yield lines.progress, lines.say
+        finally:
+            lines.finish()
         return
     console = Console(file=cast(TextIO, safe), force_terminal=True)
     columns = TextColumn("{task.description:<9}"), BarColumn(), TextColumn("{task.fields[said]}")
@@ -29,21 +33,36 @@ def shown(stream: TextIO) -> Iterator[tuple[_Progress, Callable[[str], None]]]:
         yield _bar(bar), lambda text: console.print(text, markup=False, highlight=False)
 
 
-def _print(stream: SafeStream, text: str) -> None:
-    stream.write(text + "\n")
-    stream.flush()
+class _Lines:
+    """The first line of each thing that is done, one now and then, and the last."""
 
+    def __init__(self, stream: SafeStream) -> None:
+        self._stream, self._pace, self._due = stream, _Pace(), 0.0
+        self._waiting: tuple[str, int, int, int] | None = None  # what no line says yet
 
-def _lines(stream: SafeStream) -> _Progress:
-    pace, due = _Pace(), 0.0
+    def progress(self, what: str, done: int, total: int, tokens: int) -> None:
+        """See `shown`."""
+        if what != self._pace.what:
+            self.finish()
+        self._waiting = what, done, total, tokens
+        if self._pace.begin(what) or time.monotonic() >= self._due:
+            self.finish()
 
-    def progress(what: str, done: int, total: int, tokens: int) -> None:
-        nonlocal due
-        if pace.begin(what) or time.monotonic() >= due:
-            due = time.monotonic() + _EVERY
-            _print(stream, f"{what:<9}  {pace.spell(done, total, tokens)}")
+    def finish(self) -> None:
+        """Print what waits."""
+        if self._waiting is not None:
+            what, *counts = self._waiting
+            self._due, self._waiting = time.monotonic() + _EVERY, None
+            self._print(f"{what:<9}  {self._pace.spell(*counts)}")
 
-    return progress
+    def say(self, text: str) -> None:
+        """Print a line, after what waits."""
+        self.finish()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        self._stream.write(text + "\n")
+        self._stream.flush()
 
 
 def _bar(bar: Progress) -> _Progress:
@@ -63,24 +82,24 @@ class _Pace:
     """How fast one thing is done, since it began."""
 
     def __init__(self) -> None:
-        self._what, self._start, self._skipped = "", 0.0, 0
+        self.what, self._start, self._skipped = "", 0.0, 0
 
     def begin(self, what: str) -> bool:
         """Whether `what` is another thing than before."""
-        if what == self._what:
+        if what == self.what:
             return False
-        self._what, self._start, self._skipped = what, time.monotonic(), 0
+        self.what, self._start, self._skipped = what, time.monotonic(), 0
         return True
 
     def spell(self, done: int, total: int, tokens: int) -> str:
         """Bytes of all bytes, tokens a second, and the time that is left."""
         seconds = time.monotonic() - self._start
-        if self._what == "encoding" and not tokens:
+        if self.what == "encoding" and not tokens:
             self._start, self._skipped = time.monotonic(), done  # what an earlier call did
         parts = [f"{human_bytes(min(done, total))} of {human_bytes(total)}"]
         if seconds > 0.5 and done > self._skipped:
             if tokens:
                 parts.append(f"{human(tokens / seconds)} tokens/s")
-            left = max(0, total - done) * seconds / (done - self._skipped)
-            parts.append(f"eta {duration(left)}")
+            left = (total - done) * seconds / (done - self._skipped)
+            parts.append(f"eta {duration(left)}" if left > 0 else f"in {duration(seconds)}")
         return "  ".join(parts)

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,6 +25,14 @@ PIECE = 2**20
 ROWS = 1024
 # A line end between two lines that are not blank: words and BPE see the same left and right of it as in one piece.
 _BREAK = re.compile(r"(?s).*\S\n(?=\S)")
+
+# What a header that is one column may be separated by, and what to do then.
+_SEPARATORS = {
+    "\t": "Read it with data.name='tsv'.",
+    ";": "Convert it to commas.",
+    "|": "Convert it to commas.",
+    ",": "Read it with data.name='csv'.",
+}
 
 # The number of a line (of a row in parquet), and its values in the order of the columns that were asked for.
 _Row = tuple[int, Sequence[Any]]
@@ -64,12 +73,13 @@ def read(
     Args:
       kind: "text": a file is a document, in pieces of about 1 MiB that are cut at line ends; files without a byte are
         left out. "lines": each line that is not blank is one. "csv": comma separated with a header (RFC 4180). "tsv":
-        tab separated with a header, where quotes mean nothing. "jsonl": a JSON object a line. "parquet": columns of
-        strings. Blank lines of tables are left out.
+        tab separated with a header, where quotes mean nothing. "jsonl": a JSON object a line, whose keys are the
+        columns; keys of objects or lists inside of it are not. "parquet": columns of strings. Blank lines of tables are
+        left out.
       path: a file, a glob, or several of them.
       text: the column of texts.
-      label: the column of labels, or for "lines" the word "file": the stem of the file's name, or its suffix where all
-        stems are equal.
+      label: the column of labels, read without the space around them; or for "lines" the word "file": the stem of the
+        file's name, or its suffix where all stems are equal.
       prompt: the column of prompts; with `completion`, instead of `text`.
       completion: the column of what follows the prompts.
       encoding: of all but parquet.
@@ -184,29 +194,41 @@ def _records(kind: str, files: Sequence[Path], columns: Mapping[str, str | None]
 
 def _record(values: Mapping[str, Any], columns: Mapping[str, str | None], where: str) -> Record:
     label = values.get("label")
+    if isinstance(label, str):
+        label = label.strip()  # " a" and "a" would be two classes that look alike
     for option, value in values.items():
         column = columns[option]
         if option == "label":
-            if value is None or value == "":
+            if label is None or label == "":
                 raise UserError(f"{where} has no label: {column!r} is empty there. Fill it in, or take the row out.")
-            if not isinstance(value, str | int):
-                raise UserError(f"{where}: the label {column!r} is {value!r}: expected a string or an integer.")
+            if not isinstance(label, str | int):
+                raise UserError(
+                    f"{where}: the label {column!r} is {reprlib.repr(value)}: expected a string or an integer. "
+                    "Name a column of classes, or leave data.label out."
+                )
+        elif value is None or value == "":
+            said = "null" if value is None else "empty"
+            raise UserError(f"{where}: {column!r} is {said}: expected a text. Take the row out.")
         elif not isinstance(value, str):
-            raise UserError(f"{where}: {column!r} is {value!r}: expected a text. Take the row out.")
-        elif not value:
-            raise UserError(f"{where}: {column!r} is empty: expected a text. Take the row out.")
+            raise UserError(
+                f"{where}: {column!r} is {reprlib.repr(value)}, of type {type(value).__name__}: expected a text. "
+                f"Name a column of texts in data.{option}, or write its values as strings."
+            )
     text = values["text"] if "text" in values else values["prompt"]
     return Record(text, int(label) if isinstance(label, bool) else label, values.get("completion"), where)
 
 
-def _find(columns: Mapping[str, str | None], names: Sequence[str], where: str) -> list[int]:
-    """The place among `names` of each column."""
+def _find(columns: Mapping[str, str | None], names: Sequence[str], where: str, more: str = "") -> list[int]:
+    """The place among `names` of each column; `more` is said in the end where one is missing."""
     for option, column in columns.items():
         if column is None:
             raise UserError(f"data.{option} is not set: it says which column of {where} to read. {suggest('', names)}")
-        if names.count(column) != 1:
-            problem = "twice" if column in names else "no"
-            raise UserError(f"{where} has {problem} column {column!r} (data.{option}). {suggest(column, names)}")
+        if column not in names:
+            raise UserError(f"{where} has no column {column!r} (data.{option}). {suggest(column, names)}{more}")
+        if names.count(column) > 1:
+            raise UserError(
+                f"{where} has {names.count(column)} columns {column!r} (data.{option}): expected one. Rename some."
+            )
     return [names.index(column) for column in columns.values() if column is not None]
 
 
@@ -214,19 +236,21 @@ def _table(file: Path, columns: Mapping[str, str | None], rows: Iterator[tuple[i
     _, header = next(rows, (0, None))
     if header is None:
         raise UserError(f"{file} is empty: expected a header with the names of the columns, and a row an example.")
-    places = _find(columns, header, str(file))
+    other = next((mark for mark in _SEPARATORS if len(header) == 1 and mark in header[0]), None)
+    more = f" Its header is one column, with {other!r} in it. {_SEPARATORS[other]}" if other else ""
+    places = _find(columns, header, str(file), more)
     for line, fields in rows:
         if len(fields) != len(header):
             raise UserError(
-                f"{file}:{line} has {len(fields)} fields: expected {len(header)}, as in the header. In csv, a field "
-                "with a comma or a line end stands in double quotes; in tsv, none can have a tab."
+                f"{file}:{line}: the number of fields is {len(fields)}: expected {len(header)}, as in the header. In "
+                "csv, a field with a comma or a line end stands in double quotes; in tsv, none can have a tab."
             )
         yield line, [fields[place] for place in places]
 
 
 def _tsv(file: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(lines(file, encoding), 1):
-        if line.strip("\r"):
+        if line.strip(" \r"):
             yield number, line.removesuffix("\r").split("\t")
 
 
@@ -236,12 +260,14 @@ def _csv(file: Path, encoding: str) -> Iterator[tuple[int, list[str]]]:
     first = 1
     try:
         for fields in reader:
-            if fields:
+            if fields and not (len(fields) == 1 and fields[0].isspace()):
                 yield first, fields
             first = reader.line_num + 1
     except csv.Error as error:
+        # The module says how its caller should open the file.
+        said = "it has a carriage return (CR) outside of quotes" if "new-line" in str(error) else str(error)
         raise UserError(
-            f"{file}:{first}: the row that begins here is no CSV: {error}. A field with a comma, a quote or a line end "
+            f"{file}:{first}: the row that begins here is no CSV: {said}. A field with a comma, a quote or a line end "
             "stands in double quotes, and a quote in it is doubled. Where quotes mean nothing, use tsv."
         ) from error
 
@@ -257,7 +283,7 @@ def _jsonl(file: Path, columns: Mapping[str, str | None], encoding: str) -> Iter
         if not isinstance(found, dict):
             raise UserError(f"{file}:{number} is {type(found).__name__}: expected a JSON object on each line.")
         if any(column not in found for column in columns.values()):
-            _find(columns, list(found), f"{file}:{number}")
+            _find(columns, list(found), f"{file}:{number}", " Keys are looked up at the top level of the object.")
         yield number, [found[column] for column in columns.values() if column is not None]
 
 

@@ -106,7 +106,8 @@ class Source:
       fingerprint: a short hash of the content; equal data have equal fingerprints on every machine.
       tokens_per_example: to convert durations given in tokens; 1 where an example is not a sequence.
       token_bytes: (vocab_size,) UTF-8 bytes of each token, for bits per byte; None where that means nothing.
-      transforms: what the source does to its content on the way to examples, ready for JSON: {"length": 64}.
+      transforms: what the source does to its content on the way to examples, ready for JSON: {"length": 64}. Of float
+        targets it says {"values": "numbers"}, or "probabilities", the shares of classes.
       labels: names of the classes, in the order of their numbers; () where nobody knows them.
       tokenizer: of text; None where examples are no text.
     """

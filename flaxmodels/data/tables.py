@@ -4,6 +4,7 @@ A text and its label: which class a text has. A text alone: a language model. A 
 model whose loss leaves out the prompt.
 """
 
+import collections
 import functools
 import hashlib
 import json
@@ -40,13 +41,13 @@ def _table(
     Args:
       kind: of files, as in `reading.read`.
       path: a file, a glob, or several of them.
-      text: the column of texts.
+      text: the column of texts; of jsonl, a key of the object on each line, and not of what is inside of it.
       label: the column of labels: integers 0 to n - 1 as they are, others in their order.
       prompt: the column of prompts; with `completion`, instead of `text`.
       completion: the column of what follows the prompts.
       test_path: what is held out, as `path`; None: a part of `path`.
-      validation: that part. With labels, of each class the same; else by a hash of the content, so that no text stands
-        on both sides. Not used with `test_path`.
+      validation: that part. With labels, of the different texts of each class the same; else by a hash of the content.
+        No text stands on both sides. Not used with `test_path`.
       tokens: "bytes", "characters", "words", "bpe", or the path of a `tokenizer.json`. The vocabulary of characters is
         those that occur anywhere; "words" and "bpe" are learned from the training split.
       vocab_size: the most tokens of "words" and "bpe".
@@ -116,10 +117,10 @@ def _source(
 ) -> Source:
     train = list(read(path))
     if test_path is None:
-        train, test = _hold_out(train, validation, kind)
+        train, test = _hold_out(train, validation, path)
     else:
         test = list(read(test_path, key="data.test_path"))
-    names = () if train[0].label is None else _classes(train)
+    names = () if train[0].label is None else _classes(train, path)
     learned = train + test if tokens == "characters" else train
     made = tokenizer.make(
         tokens, lambda: (text for record in learned for text in _texts(record)), vocab_size=vocab_size, documents=True
@@ -137,7 +138,7 @@ def _source(
         fingerprint=fingerprint({"train": _content(train), "test": _content(test)}),
         tokens_per_example=length,
         token_bytes=None if names else made.token_bytes,
-        transforms=documents.transforms(found[0], windows, length),
+        transforms=documents.transforms(found, windows, length),
         labels=names,
         tokenizer=made,
     )
@@ -147,27 +148,41 @@ def _texts(record: Record) -> list[str]:
     return [record.text] if record.completion is None else [record.text, record.completion]
 
 
-def _hold_out(records: Sequence[Record], validation: float, kind: str) -> tuple[list[Record], list[Record]]:
+def _hold_out(records: Sequence[Record], validation: float, path: Paths) -> tuple[list[Record], list[Record]]:
+    labels = collections.Counter(str(record.label) for record in records)
+    rows: dict[str, list[int]] = {}  # of each text that differs from all others
+    for row, record in enumerate(records):
+        rows.setdefault("\0".join(_texts(record)), []).append(row)
     if records[0].label is None:
-        held = [held_out.by_content("\0".join(_texts(record)), validation) for record in records]
-    else:
-        _, classes = np.unique([str(record.label) for record in records], return_inverse=True)
-        held = held_out.stratified(classes, validation).tolist()
-    train = [record for record, out in zip(records, held) if not out]
-    test = [record for record, out in zip(records, held) if out]
+        chosen = [held_out.by_content(text, validation) for text in rows]
+    else:  # where equal texts have several labels, they count as the rarest one, so that it can be learned
+        rarest = [min({str(records[row].label) for row in of}, key=lambda x: (labels[x], x)) for of in rows.values()]
+        chosen = held_out.stratified(np.unique(rarest, return_inverse=True)[1], validation).tolist()
+    out = {row for of, held in zip(rows.values(), chosen) if held for row in of}
+    train = [record for row, record in enumerate(records) if row not in out]
+    test = [record for row, record in enumerate(records) if row in out]
     if not train or not test:
+        why = ""
+        if len(rows) == 1 < len(records):
+            why = "All are equal, and equal texts stay together. "
+        elif len(labels) == len(records) > 1:
+            why = f"They have {len(labels)} different labels: is what data.label names a class? "
         raise UserError(
-            f"data.name={kind!r}: data.validation={validation:g} of {len(records)} examples leaves {len(train)} to "
-            f"train on and holds out {len(test)}; both need one. Change it, use more examples, or set data.test_path."
+            f"data.path={path!r}: data.validation={validation:g} of {len(records)} example{'s' * (len(records) > 1)} "
+            f"leaves {len(train)} to train on and holds out {len(test)}; both need one. {why}Change it, use more "
+            "examples, or set data.test_path."
         )
     return train, test
 
 
-def _classes(records: Sequence[Record]) -> tuple[str, ...]:
+def _classes(records: Sequence[Record], path: Paths) -> tuple[str, ...]:
     """The names of the classes: numbers in their order, else strings in theirs."""
     names = {str(record.label) for record in records}
     if len(names) == 1:
-        raise UserError(f"All {len(records)} labels to train on are {names.pop()!r}: expected at least two classes.")
+        raise UserError(
+            f"data.path={path!r}: all {len(records)} labels to train on are {names.pop()!r}: expected at least two "
+            "classes."
+        )
     if all(re.fullmatch("-?[0-9]{1,18}", name) for name in names):
         return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))

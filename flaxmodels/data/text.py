@@ -128,20 +128,20 @@ def _source(
         }
     else:  # the text itself, whatever its tokens
         described = {"vocabulary": code_points("")}
-        for split, found in pieces.items():
-            described[f"{split}/tokens"] = np.frombuffer(utf8("".join(found)), np.uint8)
+        for split, of_split in pieces.items():
+            described[f"{split}/tokens"] = np.frombuffer(utf8("".join(of_split)), np.uint8)
             if several:
-                described[f"{split}/sizes"] = np.array([len(piece) for piece in found], np.int64)
-    whole = Documents(train, train_ends)
+                described[f"{split}/sizes"] = np.array([len(piece) for piece in of_split], np.int64)
+    found = Documents(train, train_ends), Documents(test, test_ends)
     return Source(
         name,
-        documents.windows(whole, windows, length),
-        documents.windows(Documents(test, test_ends), windows, length),
+        documents.windows(found[0], windows, length),
+        documents.windows(found[1], windows, length),
         facts={"vocab_size": made.size, "max_length": length},
         fingerprint=fingerprint({part: describe(array) for part, array in described.items()}),
         tokens_per_example=length,
         token_bytes=made.token_bytes,
-        transforms=documents.transforms(whole, windows, length),
+        transforms=documents.transforms(found, windows, length),
         tokenizer=made,
     )
 

@@ -8,6 +8,13 @@ from flaxmodels.registry import UserError, suggest
 
 # Bytes read at a time.
 PIECE = 2**20
+# What files in an encoding begin with; the longer marks first.
+_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def find(path: str, where: str) -> list[Path]:
@@ -40,24 +47,33 @@ def check_encoding(encoding: str) -> None:
 
 
 def lines(file: Path, encoding: str) -> Iterator[str]:
-    r"""Lines without their "\n", and without the mark that some editors put before the first."""
+    r"""Lines without their "\n". UserError where a file seems to end them with "\r" alone."""
     rest, first = "", True
     for piece in decoded(file, encoding):
-        *whole, rest = (rest + piece.removeprefix("\ufeff") if first else rest + piece).split("\n")
+        if first and "\n" not in piece and "\r" in piece[:-1]:
+            raise UserError(
+                f"{file} has no line end but the carriage return alone (CR), as long ago on the Mac. Convert it: "
+                "tr '\\r' '\\n' < OLD > NEW."
+            )
         first = False
+        *whole, rest = (rest + piece).split("\n")
         yield from whole
     if rest:
         yield rest
 
 
 def decoded(file: Path, encoding: str) -> Iterator[str]:
-    """The content of a file as it is, in pieces of up to `PIECE` bytes, cut anywhere between characters."""
-    decoder, offset, lines = codecs.getincrementaldecoder(encoding)(), 0, 0
+    """The content of a file, in pieces of up to `PIECE` bytes, cut anywhere between characters.
+
+    As it is, but for the mark (a "byte order mark") that some editors put before the first character.
+    """
+    decoder, offset, lines, head = codecs.getincrementaldecoder(encoding)(), 0, 0, b""
     try:
         with file.open("rb") as stream:  # not as text, which would change the ends of lines
             while content := stream.read(PIECE):
+                head = head or content[:4]
                 piece = decoder.decode(content)
-                yield piece
+                yield piece if offset else piece.removeprefix("\ufeff")
                 offset, lines = offset + len(content), lines + piece.count("\n")
             yield decoder.decode(b"", True)
     except OSError as error:
@@ -65,8 +81,8 @@ def decoded(file: Path, encoding: str) -> Iterator[str]:
     except UnicodeDecodeError as error:
         before = offset - (len(error.object) - len(content)) + error.start
         line = lines + error.object.count(b"\n", 0, error.start) + 1
-        other = 'data.encoding="latin-1"' if codecs.lookup(encoding).name == "utf-8" else "data.encoding"
+        likely = next((name for mark, name in _MARKS if head.startswith(mark)), "latin-1")
         raise UserError(
-            f"{file}:{line} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset {before}. "
-            f"Say what it is, as in {other}, or convert it: iconv -f latin1 -t utf-8."
+            f"{file}:{line} is not {encoding}: byte 0x{error.object[error.start]:02x} at offset {before}. Say what it "
+            f'is, as in data.encoding="{likely}", or convert it: iconv -f {likely.replace("latin-", "latin")} -t utf-8.'
         ) from error

@@ -77,13 +77,14 @@ def tfds(
             )
         known, unseen = known[~held], known[held]
     target = chosen[1]
+    values = {} if target.kind == "label" else {"values": "numbers"}
     return Source(
         info.full_name,
         _split(known, folder, chosen),
         _split(unseen, folder, chosen),
         facts={"classes": len(target.labels) if target.kind == "label" else target.shape[-1]},
         fingerprint=_fingerprint(info, Path(folder), (known, unseen), None if other else validation),
-        transforms={"inputs": chosen[0].name, "targets": target.name, "shape": list(chosen[0].shape)},
+        transforms={"inputs": chosen[0].name, "targets": target.name, "shape": list(chosen[0].shape), **values},
         labels=target.labels,
     )
 

@@ -223,7 +223,7 @@ def tokens(
 def open_split(
     folder: Path, manifest: Mapping[str, Any], split: str, on_corrupt: Literal["raise", "skip"] = "raise"
 ) -> TokenFiles:
-    """The tokens of a split. UserError where a file is missing or of another size, unless `on_corrupt` is "skip"."""
+    """The tokens of a split. UserError where a file is missing or of another size; with "skip", where all are."""
     shards, dtype = manifest["splits"][split], np.dtype(manifest["dtype"])
     for shard in shards if on_corrupt == "raise" else ():
         size = shard["tokens"] * dtype.itemsize
@@ -236,5 +236,16 @@ def open_split(
                     f"{file} {said}. Prepare the folder again, or leave what is missing out: data.on_corrupt='skip'."
                 )
     names = tuple(shard["name"] for shard in shards)
+    if on_corrupt == "skip" and not any(
+        _there(folder / f"{name}.tokens") and _there(folder / f"{name}.crc") for name in names
+    ):
+        raise UserError(
+            f"{folder} has none of the {len(names)} shards of its {split} split: there is nothing that could be left "
+            "in. Copy or prepare the folder again."
+        )
     total = sum(shard["tokens"] for shard in shards)
     return TokenFiles(str(folder.absolute()), names, manifest["shard_size"], total, dtype, on_corrupt)
+
+
+def _there(file: Path) -> bool:
+    return file.is_file() and file.stat().st_size > 0

@@ -25,10 +25,15 @@ class Stored(Protocol):
         """The `count` tokens from each `start` (B,) on, (B, count), zeros past the end; and which are sound, (B,)."""
 
 
+def nothing() -> UserError:
+    """The error of a split in which no window has a target."""
+    return UserError("There is nothing to predict: no document has two tokens. Use more text.")
+
+
 def stored_split(size: int, gather: Callable[..., Rows], prepare: Callable[..., Batch]) -> Split:
     """A stored split of `size` windows. UserError for none, or too many."""
     if not size:
-        raise UserError("There is nothing to predict: no document has two tokens. Use more text.")
+        raise nothing()
     if size >= 2**31:
         raise UserError(f"{size} windows are too many: expected fewer than 2**31. Raise data.length.")
     row = gather({}, np.zeros(1, np.int32))

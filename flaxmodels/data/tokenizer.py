@@ -148,7 +148,7 @@ def load(path: str | Path) -> Tokenizer:
         content = file.read_text(encoding="utf-8")
         described = json.loads(content)
     except FileNotFoundError as error:
-        near = [f.name for f in file.parent.glob("*.json")] if file.parent.is_dir() else []
+        near = [f.name for f in file.parent.glob("*tokenizer*.json")] if file.parent.is_dir() else []
         raise UserError(
             f"data.tokens={str(path)!r} is neither a kind of tokens nor a file that is there. "
             f"{registry.suggest(file.name, (*KINDS, *near))}"

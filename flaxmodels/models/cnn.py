@@ -5,6 +5,7 @@ p side of a pooling window.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Literal
 
 import flax.linen as nn
@@ -58,6 +59,11 @@ class CNN(nn.Module):
         Raises:
           ValueError: the inputs are not images, or too small for so many poolings.
         """
+        if isinstance(inputs, Mapping):
+            raise ValueError(
+                f"inputs are a dict with the keys {', '.join(inputs)}: this model takes one array. "
+                "For tokens use the transformer, for anything else a module of your own."
+            )
         smallest = self.pool ** len(self.features)
         if inputs.ndim != 4 or min(inputs.shape[1:3]) < smallest:
             raise ValueError(

@@ -3,6 +3,7 @@
 Letters in names of arrays: B batch, F features.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import flax.linen as nn
@@ -41,7 +42,15 @@ class MLP(nn.Module):
         """Map inputs (B, ...), any numeric dtype, to logits (B, classes) float32.
 
         With `train` and `dropout`, `apply` needs `rngs={"dropout": key}`.
+
+        Raises:
+          ValueError: the inputs are a dict.
         """
+        if isinstance(inputs, Mapping):
+            raise ValueError(
+                f"inputs are a dict with the keys {', '.join(inputs)}: this model takes one array. "
+                "For tokens use the transformer, for anything else a module of your own."
+            )
         x_BxF = inputs.reshape(inputs.shape[0], -1).astype(self.dtype)
         for i, width in enumerate(self.hidden):
             x_BxF = nn.Dense(width, dtype=self.dtype, name=f"hidden_{i}")(x_BxF)

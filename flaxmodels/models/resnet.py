@@ -4,7 +4,7 @@ Letters in names of arrays: B batch, H height, W width, C channels.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -47,6 +47,11 @@ class ResNet(nn.Module):
         Raises:
           ValueError: the inputs are not images.
         """
+        if isinstance(inputs, Mapping):
+            raise ValueError(
+                f"inputs are a dict with the keys {', '.join(inputs)}: this model takes one array. "
+                "For tokens use the transformer, for anything else a module of your own."
+            )
         if inputs.ndim != 4:
             raise ValueError(f"inputs of shape {inputs.shape}: expected (batch, height, width, channels).")
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
