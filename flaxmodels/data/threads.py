@@ -68,7 +68,7 @@ def bounded(make: Callable[[int], Any], seconds: float) -> Iterator[Callable[[in
     read would keep the process from ever ending. So each has a partner, a daemon thread, that makes its calls, and that
     can be left behind.
     """
-    own, stuck = threading.local(), threading.Event()
+    own, stuck, lock, left = threading.local(), threading.Event(), threading.Lock(), threading.Event()
     pairs: list[tuple[threading.Thread, threading.Thread, queue.SimpleQueue[int | None]]] = []
 
     def work(asked: queue.SimpleQueue[int | None], answers: queue.SimpleQueue[Any]) -> None:
@@ -87,8 +87,12 @@ def bounded(make: Callable[[int], Any], seconds: float) -> Iterator[Callable[[in
         if not hasattr(own, "asked"):
             own.asked, own.answers = queue.SimpleQueue(), queue.SimpleQueue()
             partner = threading.Thread(target=work, args=(own.asked, own.answers), name="loading", daemon=True)
-            partner.start()
-            pairs.append((threading.current_thread(), partner, own.asked))
+            with lock:
+                if left.is_set():  # a thread of the pool that begins this late would have nobody to end its partner
+                    del own.asked
+                    raise LoadingError(f"Batch {number} is no longer wanted.")
+                partner.start()
+                pairs.append((threading.current_thread(), partner, own.asked))
         own.asked.put(number)
         if not (answered := within(seconds, answer)):
             stuck.set()  # the others need not wait as long
@@ -101,6 +105,8 @@ def bounded(make: Callable[[int], Any], seconds: float) -> Iterator[Callable[[in
     try:
         yield call
     finally:
+        with lock:
+            left.set()
         for thread, partner, asked in pairs:
             thread.join()
             asked.put(None)
