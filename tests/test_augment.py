@@ -158,10 +158,10 @@ def test_each_place_in_the_list_draws_for_itself():
 
 
 def test_they_are_applied_in_order():
-    batch = batch_of(np.full((B, SIDE, SIDE, 1), 0.5, np.float32))
-    fill, light = spec("cutout", size=SIDE, fill=0.25), spec("brightness", factor=(2, 2))
-    assert set(np.unique(changed(batch, fill, light)["inputs"])) == {0.5, 1}
-    assert set(np.unique(changed(batch, light, fill)["inputs"])) == {0.25, 1}
+    batch = batch_of(np.full((B, SIDE, SIDE, 1), 0.75, np.float32))
+    light, dark = (spec("brightness", factor=(by, by)) for by in (2.0, 0.5))
+    assert np.all(changed(batch, light, dark)["inputs"] == 0.5)  # clipped to 1 between the two
+    assert np.all(changed(batch, dark, light)["inputs"] == 0.75)
 
 
 def test_without_any_the_batch_is_itself():
@@ -454,7 +454,7 @@ def test_cutmix_replaces_a_box_and_its_share_of_the_target():
     np.testing.assert_allclose(np.std(other), np.std(inside) / side**2, atol=0.01)
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", ["cutmix", pytest.param("mixup", marks=pytest.mark.slow)])
 def test_padding_is_never_mixed_in(name):
     weights = np.ones(B)
     weights[[3, 4, B - 1]] = 0

@@ -191,6 +191,19 @@ def test_padded_with_labels_has_a_target_a_document():
 # All kinds
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "packed", "padded"])
+def test_a_split_without_a_target_is_refused(kind):
+    alone = corpus(np.array([1] * (kind != "contiguous") + [0, 1]))
+    with pytest.raises(UserError, match=r"nothing to predict: no document has two tokens\. Use more text"):
+        windows(alone, kind, LENGTH)
+    if kind != "contiguous":
+        with pytest.raises(UserError, match="nothing to predict"):
+            windows(corpus(np.array([1, 1]), prompts=np.zeros(2, np.int32)), kind, LENGTH)
+    windows(corpus(np.array([1, 2])), kind, LENGTH)
+    if kind == "padded":
+        windows(dataclasses.replace(alone, labels=np.zeros(3, np.int32)), kind, LENGTH)
+
+
 def of_each_kind(tokens):
     labels = np.arange(len(SIZES), dtype=np.int32)
     prompts = np.minimum(SIZES, 1).astype(np.int32)

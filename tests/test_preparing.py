@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +32,12 @@ from flaxmodels.registry import UserError
 
 SHARD = 4096
 LINES = [f"Line {i}: {'word ' * (i % 7)}größe {i * i} 🎉!" for i in range(900)]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """These folders need not outlive the machine; one test says when all must be on the disk."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def prepare(name, options, to, stream=None, shard_size=SHARD):
@@ -223,6 +231,92 @@ def test_stopped_again_and_again_it_comes_to_an_end(tmp_path, lines, monkeypatch
     assert 5 < calls < 20 and content(tmp_path / "out") == content(tmp_path / "whole")
 
 
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, lines, monkeypatch):
+    """A file is synced as it is, then renamed, and then its folder is synced: before anything else is renamed."""
+    rename, events = token_writer.rename, []
+
+    def renaming(part):
+        events.append(part)
+        rename(part)
+
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+    )
+    monkeypatch.setattr(token_writer, "rename", renaming)
+    prepare("lines", lines, tmp_path / "out")
+    renamed = [(i, part) for i, part in enumerate(events) if not isinstance(part, str)]
+    assert {part.stem for _, part in renamed} - {"progress.json"} == set(content(tmp_path / "out"))
+    for i, part in renamed:
+        assert str(part) in events[:i] and events[i + 1] == str(tmp_path / "out")
+
+
+STOPPED = """
+import json, os, sys, time
+from flaxmodels.data import corpus, preparing, prepare_display, tokenizer
+what, number, name, options = sys.argv[1], int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+seen, sent = prepare_display._Lines.progress, []
+def progress(lines, now, done, total, tokens):
+    seen(lines, now, done, total, tokens)
+    if now == what and not sent and (now != "encoding" or tokens > 10_000):
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), number)
+prepare_display._Lines.progress = progress
+make = tokenizer.make
+def slow(*arguments, **options):
+    made = make(*arguments, **options)
+    while what == "learning" and not sent:  # as a library that learns is, for minutes
+        time.sleep(0.01)
+    if what == "learning":
+        time.sleep(60)
+    return made
+tokenizer.make = slow
+preparing._LEAVE = 0.1
+preparing._BATCH = corpus._READ = 2**10
+try:
+    preparing.prepare_source(name, options, sys.argv[5], sys.stdout, 4096)
+except preparing.StoppedError as error:
+    assert time.monotonic() - sent[0] < 5
+    print(error)
+    sys.exit(128 + error.signal)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("reading", "with nothing written yet; the same command starts again"),
+        ("counting", "with nothing written yet; the same command starts again"),
+        ("learning", "with nothing written yet; the same command starts again"),
+        ("encoding", r"with \d+ shards written; the same command goes on from there"),
+    ],
+)
+def test_a_signal_stops_it_soon(tmp_path, run, lines, what, said):
+    """Whatever it is at; and the same call ends with the bytes of one that was never stopped."""
+    number = signal.SIGINT
+    options = {**lines, "tokens": "bpe", "vocab_size": 300}
+    done = run("-c", STOPPED, what, int(number), "lines", json.dumps(options), tmp_path / "out", timeout=60)
+    assert done.returncode == 128 + number and done.stderr == "", done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.fullmatch(rf"{number.name}: stopped while {what}, {said}\.", last)
+    if what == "encoding":
+        written = [f.name for f in (tmp_path / "out").glob("*.tokens")]
+        assert f"with {len(written)} shards" in last and len(written) > 1
+    prepare("lines", options, tmp_path / "out")
+    prepare("lines", options, tmp_path / "whole")
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+
+
+def test_an_error_of_what_is_learned_is_the_error_of_the_call(tmp_path):
+    """Although a thread learns."""
+    rows = [json.dumps({"t": text}) for text in (*(f"x{i}" for i in range(99)), "\ud800")]
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match="is half of a character"):
+        options = {"path": str(tmp_path / "a.jsonl"), "text": "t", "tokens": "bpe", "vocab_size": 300}
+        prepare("jsonl", options, tmp_path / "out")
+    assert not [thread for thread in threading.enumerate() if thread.name == "learning"]
+
+
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
@@ -262,7 +356,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path):
     kills = 0
     for seed in range(3):
         folder = tmp_path / f"out{seed}"
-        command = [sys.executable, "-c", KILLED, path, folder, seed, 0.4]
+        command = [sys.executable, "-c", KILLED, path, folder, seed, 0.2]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         kills += int(done.stdout)
@@ -316,7 +410,7 @@ def test_what_is_all_in_shards_is_not_encoded_again(tmp_path, lines, monkeypatch
     prepare("lines", lines, tmp_path / "out")
 
 
-@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("finished", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -357,6 +451,8 @@ def test_something_else_is_refused_by_name(tmp_path, lines, monkeypatch, change,
         options = {"path": str(path.rename(tmp_path / "elsewhere" / "lines.txt"))}
         prepare(name, options, folder)
         return
+    if isinstance(change, dict) or change in ("name", "shard_size"):  # found before all files are read once more
+        monkeypatch.setattr(corpus, "describe", lambda *_: pytest.fail("read"))
     with pytest.raises(UserError, match=rf"out was made with something else: {message}.*Choose another"):
         prepare(name, options, folder, shard_size=shard_size)
     assert content(folder) == before
@@ -368,6 +464,9 @@ def test_a_finished_folder_says_so(tmp_path, lines):
     before, stream = content(tmp_path / "out"), io.StringIO()
     assert prepare("lines", lines, tmp_path / "out", stream) == first
     assert re.search(r"is prepared already: train \d+ tokens of \d+ texts, test .*Nothing to do", stream.getvalue())
+    (tmp_path / "a.txt").write_text("word " * 900)
+    prepare("text", {"path": str(tmp_path / "a.txt"), "tokens": "bytes"}, tmp_path / "one", stream)
+    assert "1 text, 4500 characters" in stream.getvalue() and "4050 tokens of 1 text," in stream.getvalue()
     before.pop("progress.json")
     assert content(tmp_path / "out") == before
 

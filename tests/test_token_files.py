@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,12 @@ from flaxmodels.data.token_writer import Writer
 from flaxmodels.registry import UserError
 
 SHARD = 2 * BLOCK
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    """What is read here need not outlive the machine."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def write_folder(folder, tokens, ends, shard_size=SHARD, size=300):
@@ -161,6 +168,20 @@ def test_damage_is_named_or_left_out(folder, name, harm, lost, late):
     if resized:
         with pytest.raises(UserError, match=rf"{name} (is missing|has \d+ bytes: expected \d+)\. .*on_corrupt='skip'"):
             opened(folder)
+
+
+@pytest.mark.parametrize("name", ["*.tokens", "*.crc"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_which_nothing_is_there_is_refused(folder, split, name):
+    """To leave out what is missing would leave nothing."""
+    files = sorted(folder.glob(split + name))
+    for file in files[1:]:
+        file.unlink()
+    token_files.tokens(str(folder), on_corrupt="skip")
+    for harm in (lambda f: damage(f, size=0), lambda f: f.unlink()):
+        harm(files[0])
+        with pytest.raises(UserError, match=rf"has none of the 6 shards of its {split} split"):
+            token_files.tokens(str(folder), on_corrupt="skip")
 
 
 def test_every_flipped_bit_is_found(tmp_path):
