@@ -170,8 +170,8 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     if not jax.tree.leaves(abstract.params):
         raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
     whole = sharding.replicated_report(abstract.params)
-    cut = source.transforms.get("texts cut")
-    lost = (f"texts longer than data.length, which lose their ends: {cut}",) if cut else ()
+    cut = [part["texts cut"] for part in _transforms(source) if "texts cut" in part]
+    lost = (f"texts longer than data.length, which lose their ends: {', '.join(cut)}",) if cut else ()
     return Job(
         config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
         augment=augmented,
@@ -224,10 +224,15 @@ def _feeds(source: Source, mesh: Mesh, batching: Mapping[str, Any]) -> tuple[Sou
     return source, train, test, why
 
 
+def _transforms(source: Source) -> tuple[Mapping[str, Any], ...]:
+    """The transforms of a source, and of its parts where it is a mixture."""
+    return source.transforms, *source.transforms.get("parts", ())
+
+
 def _check_targets(source: Source, options: Mapping[str, Any]) -> None:
     """A loss can't see values while it is traced: numbers would pass for shares of classes."""
     softmax = losses.softmax_cross_entropy in sections.loss_functions(options)
-    if softmax and source.transforms.get("values") == "numbers":
+    if softmax and any(part.get("values") == "numbers" for part in _transforms(source)):
         raise UserError(
             f"loss.name='softmax_cross_entropy' is for classes, but the targets of data {source.name!r} are numbers: "
             "set --config.loss.name=mean_squared_error, or give classes as integers."

@@ -252,6 +252,9 @@ def test_numbers_do_not_pass_for_classes():
         with pytest.raises(UserError, match="are numbers"):
             assemble(config)
         assemble(config | {"loss": {"name": "mean_squared_error"}})
+        part = {"name": "arrays", "train": arrays, "weight": 1}
+        with pytest.raises(UserError, match="are numbers"):
+            assemble(config | {"data": {"name": "mixture", "sources": (part, part), "batch_size": 8}})
 
 
 CHANGES = {

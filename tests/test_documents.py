@@ -94,6 +94,7 @@ def test_pack_of_nothing():
     assert pack(np.zeros(0, np.int32), 8).shape == (0,)
 
 
+@pytest.mark.slow
 def test_a_million_documents_leave_little_padding():
     sizes = np.random.default_rng(0).integers(1, 2000, 10**6)
     split = windows(Documents(Endless(), np.cumsum(sizes)), "packed", 1024)
@@ -300,7 +301,9 @@ def test_what_windows_refuse(found, kind, message):
         windows(found, kind, 2 if isinstance(found.tokens, Endless) else LENGTH, where=["a:3", "b:7"])
 
 
-@pytest.mark.parametrize(("name", "most"), [("rt_polarity", 0.01), ("tiny_shakespeare", 0.005)])
+@pytest.mark.parametrize(
+    ("name", "most"), [pytest.param("rt_polarity", 0.01, marks=pytest.mark.slow), ("tiny_shakespeare", 0.005)]
+)
 def test_little_of_real_lines_is_padding(name, most):
     path = shared_data(name) / ("input.txt" if name == "tiny_shakespeare" else "rt-polarity.*")
     source = tables.lines(str(path), encoding="latin-1")

@@ -85,9 +85,15 @@ def write_files(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "vocab_size"), [("bytes", None), ("characters", None), ("words", 200), ("bpe", 400)]
+    ("kind", "tokens", "vocab_size"),
+    [
+        pytest.param(
+            kind, tokens, size, marks=[] if tokens == "bytes" or kind in ("text", "lines") else pytest.mark.slow
+        )
+        for kind in corpus.SOURCES
+        for tokens, size in (("bytes", None), ("characters", None), ("words", 200), ("bpe", 400))
+    ],
 )
-@pytest.mark.parametrize("kind", corpus.SOURCES)
 def test_prepared_is_what_the_source_reads(tmp_path, kind, tokens, vocab_size):
     """Tokens, splits and tokenizer are those that the source of the same name makes in memory."""
     options = {**write_files(tmp_path / "in", kind), "tokens": tokens, "vocab_size": vocab_size, "validation": 0.2}

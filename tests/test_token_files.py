@@ -76,7 +76,10 @@ def sliced(tokens, start, count):
     return np.stack([padded[min(s, len(tokens)) :][:count] for s in start])
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(np.uint8, marks=SLOW), np.uint16, pytest.param(np.uint32, marks=SLOW)])
 @pytest.mark.parametrize("count", [1, 65, 3 * SHARD])
 @pytest.mark.parametrize("total", [1, 100, SHARD, SHARD + 1, 3 * SHARD, 4 * SHARD + 77])
 def test_reads_what_was_written(tmp_path, dtype, count, total):
@@ -145,7 +148,7 @@ START = np.arange(0, 5 * SHARD + 1234, 50)
         ("train-00005.tokens", lambda f: f.unlink(), (5 * SHARD, 5 * SHARD + 1234)),
     ],
 )
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, pytest.param(True, marks=SLOW)])
 def test_damage_is_named_or_left_out(folder, name, harm, lost, late):
     tokens, file = some_tokens(5 * SHARD + 1234), folder / name
     size = file.stat().st_size

@@ -57,8 +57,10 @@ def reported(main: Callable[[], int], *, debug: bool) -> int:
     except (UserError, FaultError) as error:
         if debug:
             traceback.print_exc()
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return BAD_INPUT if isinstance(error, UserError) else FAULT
+        known = isinstance(error, UserError)  # to which JAX adds a note on its own frames, if it comes up while tracing
+        notes = [] if known else getattr(error, "__notes__", [])
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+        return BAD_INPUT if known else FAULT
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return SIGNALLED + signal.SIGPIPE
