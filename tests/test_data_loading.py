@@ -1,5 +1,6 @@
 """Batches made ahead of need: the same ones in the same order whoever makes them, and an end for every fault."""
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -46,8 +47,10 @@ def rows(number):
 
 def shared(pid):
     """Shared memory with a name that a process has: it would outlive all processes. /dev/shm itself is everybody's."""
-    process = Path(f"/proc/{pid}")
-    opened = [str(link.readlink()) for link in (process / "fd").iterdir() if link.is_symlink()]
+    process, opened = Path(f"/proc/{pid}"), []
+    for link in (process / "fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another thread closes files while these are listed
+            opened.append(str(link.readlink()))
     return [line for line in [*(process / "maps").read_text().splitlines(), *opened] if "/dev/shm/" in line]
 
 
