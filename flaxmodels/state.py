@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flaxmodels import sharding
+from flaxmodels import precision, sharding
+from flaxmodels.precision import Float
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -41,7 +42,9 @@ def takes_train(model: nn.Module) -> bool:
     return "train" in inspect.signature(type(model).__call__).parameters
 
 
-def create(model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed: int) -> TrainState:
+def create(
+    model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed: int, param_dtype: Float = "float32"
+) -> TrainState:
     """A fresh state; pure and traceable.
 
     Args:
@@ -50,11 +53,14 @@ def create(model: nn.Module, tx: optax.GradientTransformation, inputs: Any, seed
       inputs: pytree of arrays or `jax.ShapeDtypeStruct` of one batch; only shapes and dtypes matter, and not the
         number of examples.
       seed: initial parameters are a function of it and of nothing else.
+      param_dtype: of parameters that the model makes in float32; "bfloat16" rounds these. What it makes in another
+        dtype by itself stays so, and so do its other collections.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), inputs)
     start = partial(model.init, train=False) if takes_train(model) else model.init
     variables = dict(start(base_key(seed), zeros))
-    params = variables.pop("params", {})
+    made = variables.pop("params", {})
+    params = jax.tree.map(lambda x: precision.cast(x, param_dtype) if x.dtype == jnp.float32 else x, made)
     return TrainState(jnp.zeros((), jnp.int32), params, variables, tx.init(params))
 
 
@@ -65,6 +71,7 @@ def init(
     seed: int,
     mesh: Mesh,
     rules: sharding.Rules = (),
+    param_dtype: Float = "float32",
 ) -> tuple[Callable[[], TrainState], TrainState]:
     """How to make a state that is born sharded, and what it will look like.
 
@@ -77,7 +84,7 @@ def init(
     """
 
     def fresh() -> TrainState:
-        return create(model, tx, inputs, seed)
+        return create(model, tx, inputs, seed, param_dtype)
 
     shapes = jax.eval_shape(fresh)
     places = sharding.shard_tree(shapes, mesh, rules, shapes.params)

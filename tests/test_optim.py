@@ -1,6 +1,7 @@
 """Optimizers and schedules: against optax and numpy; per-parameter rules; decay masks; averages."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -403,6 +404,70 @@ def test_the_average_does_not_share_memory_with_the_parameters():
     assert average["kernel"].unsafe_buffer_pointer() != params["kernel"].unsafe_buffer_pointer()
 
 
+# moments in bfloat16
+
+FIRST = {"adam": ("mu",), "adamw": ("mu",), "lion": ("mu",), "sgd": ("trace",), "muon": ("mu",)}
+
+
+def moments(state):
+    """Path -> leaf, of what is kept for each parameter."""
+    leaves = {optim.path_of(keys): x for keys, x in jax.tree.leaves_with_path(state)}
+    return {path: x for path, x in leaves.items() if re.search("(kernel|bias|scale|embedding)$", path)}
+
+
+@pytest.mark.parametrize("name", sorted(FIRST))
+def test_first_moments_may_be_bfloat16_and_second_ones_never_are(name):
+    params = network()
+    low, high = (
+        moments(jax.eval_shape(make(name, moments=dtype)[0].init, params)) for dtype in ("bfloat16", "float32")
+    )
+    assert {path: x.shape for path, x in low.items()} == {path: x.shape for path, x in high.items()}
+    assert {str(x.dtype) for x in high.values()} == {"float32"}
+    for path, x in low.items():
+        first = any(f"/{field}/" in f"/{path}/" for field in FIRST[name])
+        assert first or "/nu/" in f"/{path}/", path
+        assert x.dtype == ("bfloat16" if first else "float32"), path
+    if "adam" in name:
+        bytes_of = [sum(x.size * x.dtype.itemsize for x in found.values()) for found in (low, high)]
+        assert bytes_of[0] == 0.75 * bytes_of[1]
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 0.1), ("sgd", 0.02), ("lion", 0.03)])
+def test_moments_in_bfloat16_train_nearly_as_float32_and_keep_their_dtype(name, rate):
+    params = {"dense": {"kernel": normal(4, 4) + 1, "bias": normal(4) + 1}}
+    low, high = (quadratic(make(name, rate, moments=dtype)[0], params, steps=40) for dtype in ("bfloat16", "float32"))
+    np.testing.assert_allclose(low, high, atol=0.03 * high[0])
+    assert not np.array_equal(low, high)
+
+
+def test_second_moments_of_bfloat16_parameters_do_not_stand_still():
+    """With b2 = 0.999 one in bfloat16 would not fall: 0.1 % is less than half the distance to the next number."""
+    params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    tx, _ = make("adam", moments="bfloat16")
+    gradients = [{"kernel": jnp.full((2, 2), x, jnp.bfloat16)} for x in [1.0] + [0.0] * 20]
+    _, state = run(tx, params, gradients)
+    (second,) = (x for path, x in moments(state).items() if "/nu/" in f"/{path}/")
+    np.testing.assert_allclose(second, 1e-3 * 0.999**20, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adafactor", "optax:scale_by_sign"])
+def test_optimizers_without_first_moments_refuse_moments(name):
+    with pytest.raises(
+        UserError, match=rf"optim.moments='bfloat16': optim.name='{name}' has no first moments.*Leave it"
+    ):
+        make(name, moments="bfloat16")
+    make(name, moments="float32")
+
+
+def test_a_users_own_optimizer_is_told_of_moments(tmp_path, monkeypatch):
+    (tmp_path / "my_moments.py").write_text(
+        "import optax\ndef heavy(moments: str): return optax.trace(0.9, accumulator_dtype=moments)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    state = make("my_moments:heavy", moments="bfloat16")[0].init({"kernel": normal(2, 2)})
+    assert {str(x.dtype) for x in moments(state).values()} == {"bfloat16"}
+
+
 # bad input
 
 
@@ -410,6 +475,7 @@ def test_the_average_does_not_share_memory_with_the_parameters():
     ("options", "message"),
     [
         ({"name": "adamm"}, r"optim.name='adamm' does not exist. Did you mean 'adam"),
+        ({"moments": "float16"}, r"optim.moments='float16' has the wrong type: expected one of 'float32', 'bfloat16'"),
         ({"schedule": "cosin"}, r"optim.schedule='cosin' does not exist. Did you mean 'cosine'"),
         ({"warmup": 100}, r"optim.warmup=100 steps is not shorter than the run of 100 steps"),
         ({"rules": (("(", {}),)}, r"optim.rules: '\(' is not a regular expression"),
@@ -434,7 +500,7 @@ def test_no_option_belongs_to_an_optimizer_and_to_a_schedule():
 
     for direction in optim.OPTIMIZERS.values():
         for schedule in optim.SCHEDULES.values():
-            both = [set(registry.parameters([f])) for f in (direction, schedule, optim.make)]
+            both = [set(registry.parameters([f], ["moments"])) for f in (direction, schedule, optim.make)]
             assert not both[0] & both[1] and not both[0] & both[2] and not both[1] & both[2]
 
 
