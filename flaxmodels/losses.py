@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from flaxmodels import registry
+from flaxmodels import chunked, registry
 from flaxmodels.metrics import Metrics, weighted
 from flaxmodels.registry import Fraction, Positive
 
@@ -21,7 +21,7 @@ Extra = Literal["accuracy", "top_k", "perplexity", "bits_per_byte"]
 
 
 def softmax_cross_entropy(
-    outputs: jax.Array,
+    outputs: jax.Array | Mapping[str, jax.Array],
     batch: Mapping[str, Any],
     *,
     label_smoothing: Fraction = 0.0,
@@ -29,11 +29,13 @@ def softmax_cross_entropy(
     metrics: tuple[Extra, ...] = ("accuracy",),
     top_k: Positive = 5,
     token_bytes: tuple[int, ...] | None = None,
+    chunks: Positive = 1,
 ) -> Metrics:
     """Cross-entropy of logits with class numbers or probabilities, in nats; one target an example, or one a token.
 
     Args:
-      outputs: logits (..., classes), any float dtype.
+      outputs: logits (..., classes), any float dtype; or what a model with `split_head` returns,
+        {"features": (..., D), "kernel": (D, classes)} of one float dtype, whose product the logits are.
       batch: {"targets": (...) int, or (..., classes) float, the probabilities of the classes, as mixup makes them;
         "weights": (...)}. To "accuracy" and "top_k" the most probable class is the target, of equal ones the first.
       label_smoothing: share of the target spread evenly over all classes (Szegedy et al. 2015, arXiv:1512.00567).
@@ -41,30 +43,105 @@ def softmax_cross_entropy(
       metrics: what to report beside the loss. "perplexity" and "bits_per_byte" leave out smoothing and z-loss.
       top_k: k of the metric "top_k".
       token_bytes: UTF-8 bytes of each of the classes, for "bits_per_byte"; the data source knows it.
+      chunks: parts into which each device cuts its tokens, so that it holds the logits of one part at a time. Then only
+        "loss" has a gradient, by features and kernel. The gradient of the kernel, (D, classes) float32, is held as
+        well: a part of fewer than D tokens saves little more, so choose tokens of a device / D or somewhat above (16
+        for 8 x 1,024 tokens of width 768), with at least 256 tokens a part, or the matrix units idle.
 
     Returns:
       (sum, count) of "loss" and of each of `metrics`.
 
     Raises:
       ValueError: fewer than 2 classes; integer targets do not have the shape of outputs without their last axis, float
-        ones not that of outputs, or weights not the former.
-      UserError: "bits_per_byte" without `token_bytes` or of float targets, or `top_k` over the number of classes.
+        ones not that of outputs, or weights not the former; parts of a head that do not fit each other.
+      UserError: "bits_per_byte" without `token_bytes` or of float targets, `top_k` over the number of classes, or
+        `chunks` of logits, which are there already.
     """
-    logits, targets, weights = outputs.astype(jnp.float32), batch["targets"], batch["weights"]
-    if logits.shape[-1] < 2:  # of one class, any output has loss 0, and is right
+    features, kernel = _head(outputs)
+    targets, weights = batch["targets"], batch["weights"]
+    shape = features.shape if kernel is None else (*features.shape[:-1], kernel.shape[-1])
+    soft = jnp.issubdtype(targets.dtype, jnp.floating)
+    _check_classes(shape, targets, weights, soft)
+    if "top_k" in metrics and top_k > shape[-1]:
+        raise registry.UserError(f"loss.top_k={top_k} is over the {shape[-1]} classes of the outputs.")
+    if "bits_per_byte" in metrics and token_bytes is None:
+        raise registry.UserError("loss.metrics has 'bits_per_byte', but this data is not text: leave it out.")
+    if "bits_per_byte" in metrics and soft:
+        raise registry.UserError("loss.metrics has 'bits_per_byte', but the targets are probabilities: leave it out.")
+    measure = partial(
+        _of_logits,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        metrics=metrics,
+        top_k=top_k,
+        token_bytes=token_bytes,
+    )
+    batch = {"targets": targets, "weights": weights}
+    if kernel is None:
+        if chunks > 1:
+            raise registry.UserError(
+                f"loss.chunks={chunks} is for a model that leaves its last layer to the loss, such as "
+                "model.name='transformer' with model.split_head=True. These outputs are logits, all there already: "
+                "leave loss.chunks out."
+            )
+        return measure(features.astype(jnp.float32), batch)
+    if chunks == 1:
+        return measure(chunked.product(features, kernel), batch)
+    return chunked.summed(measure, chunks, features, kernel, batch)
+
+
+def is_head(outputs: Any) -> bool:
+    """Whether these are the parts of a split head: {"features", "kernel"}."""
+    return isinstance(outputs, Mapping) and set(outputs) == {"features", "kernel"}
+
+
+def _head(outputs: jax.Array | Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+    """(logits, None), or the features and the kernel of a split head."""
+    if not isinstance(outputs, Mapping):
+        return outputs, None
+    if not is_head(outputs):
         raise ValueError(
-            f"outputs have shape {logits.shape}, and softmax_cross_entropy is of at least 2 classes. For numbers set "
+            f"outputs have the keys {sorted(outputs)}: expected logits, or the parts of a head, features and kernel."
+        )
+    features, kernel = outputs["features"], outputs["kernel"]
+    if kernel.ndim != 2 or features.shape[-1:] != kernel.shape[:1] or features.dtype != kernel.dtype:
+        raise ValueError(
+            f"features have shape {features.shape} and dtype {features.dtype}, the kernel {kernel.shape} and "
+            f"{kernel.dtype}: expected (..., D) and (D, classes) of one dtype."
+        )
+    return features, kernel
+
+
+def _check_classes(shape: tuple[int, ...], targets: jax.Array, weights: jax.Array, soft: bool) -> None:
+    if shape[-1] < 2:  # of one class, any output has loss 0, and is right
+        raise ValueError(
+            f"outputs have shape {shape}, and softmax_cross_entropy is of at least 2 classes. For numbers set "
             "loss.name=mean_squared_error, for one answer of yes or no sigmoid_cross_entropy; targets that number "
             "classes must be integers, which floats such as 0.0, 1.0 and 2.0 are not."
         )
-    soft = jnp.issubdtype(targets.dtype, jnp.floating)
-    expected = logits.shape if soft else logits.shape[:-1]
+    expected = shape if soft else shape[:-1]
     if targets.shape != expected:  # broadcasting here would be silent nonsense
         raise ValueError(
-            f"outputs have shape {logits.shape}, targets {targets.shape}: "
+            f"outputs have shape {shape}, targets {targets.shape}: "
             f"expected {expected} for the targets, of {targets.dtype}."
         )
-    classes = logits.shape[-1]
+    if weights.shape != shape[:-1]:
+        raise ValueError(f"outputs have shape {shape}, weights {weights.shape}: expected {shape[:-1]} for the weights.")
+
+
+def _of_logits(
+    logits: jax.Array,
+    batch: Mapping[str, jax.Array],
+    *,
+    label_smoothing: float,
+    z_loss: float,
+    metrics: tuple[Extra, ...],
+    top_k: int,
+    token_bytes: tuple[int, ...] | None,
+) -> Metrics:
+    """`softmax_cross_entropy` of logits (..., classes) float32, checked."""
+    targets, weights = batch["targets"], batch["weights"]
+    soft = jnp.issubdtype(targets.dtype, jnp.floating)
     log_z = jax.nn.logsumexp(logits, axis=-1)
     # A comparison instead of an index: its gradient is no scatter, and logits sharded over classes stay sharded.
     # Both int32: the ids of 300 classes do not fit into targets of uint8.
@@ -83,12 +160,6 @@ def softmax_cross_entropy(
     best = target_logit[..., None]
     ahead = jnp.where(ids < wanted, ~(logits < best), ~(logits <= best))
     rank = jnp.sum(ahead, axis=-1)
-    if "top_k" in metrics and top_k > classes:
-        raise registry.UserError(f"loss.top_k={top_k} is over the {classes} classes of the outputs.")
-    if "bits_per_byte" in metrics and token_bytes is None:
-        raise registry.UserError("loss.metrics has 'bits_per_byte', but this data is not text: leave it out.")
-    if "bits_per_byte" in metrics and soft:
-        raise registry.UserError("loss.metrics has 'bits_per_byte', but the targets are probabilities: leave it out.")
     found = {"loss": weighted(loss, weights)}
     for name in metrics:
         found[name] = {

@@ -5,6 +5,7 @@ update), `repeated` (several steps a dispatch), `compile_step` (jit, shardings, 
 transform, a loss, or a function that wraps a gradient function and has its signature; never as an `if` in the step.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,9 +17,10 @@ import optax
 from jax.sharding import Mesh
 
 from flaxmodels import metrics as metric
-from flaxmodels import sharding
-from flaxmodels.losses import Loss
+from flaxmodels import precision, sharding
+from flaxmodels.losses import Loss, is_head
 from flaxmodels.metrics import Metrics
+from flaxmodels.precision import Policy
 from flaxmodels.state import TrainState, base_key, takes_train
 
 Batch = dict[str, Any]
@@ -74,16 +76,26 @@ def streams(seed: int, step: Any) -> dict[str, jax.Array]:
 Apply = Callable[..., tuple[Any, Any]]
 
 
-def make_apply(model: nn.Module) -> Apply:
+def make_apply(model: nn.Module, policy: Policy | None = None) -> Apply:
     """(params, extra, inputs, *, train, rngs=None) -> (outputs, extra after).
 
     A module whose `__call__` takes `train` is told; one that does not is the same in training and evaluation.
+
+    With a `policy`, floating outputs are in `policy.output`, but for the parts of a split head. A module with a field
+    `dtype` casts by itself, and best knows what not to; any other gets its parameters and floating inputs in
+    `policy.compute`, and their gradients come back in the dtype that they have. Collections other than the parameters,
+    such as BatchNorm's statistics, are given and kept as they are.
     """
     told = takes_train(model)
+    itself = "dtype" in {field.name for field in dataclasses.fields(model)}
+    compute = None if policy is None or itself else policy.compute
 
     def apply(params: Any, extra: Any, inputs: Any, *, train: bool, rngs: Any = None) -> tuple[Any, Any]:
         call = partial(model.apply, train=train) if told else model.apply
-        return call({"params": params, **extra}, inputs, rngs=rngs, mutable=list(extra) if train else [])
+        params, inputs = precision.cast((params, inputs), compute)
+        outputs, after = call({"params": params, **extra}, inputs, rngs=rngs, mutable=list(extra) if train else [])
+        after = precision.cast_like(after, extra) if train else after
+        return outputs if is_head(outputs) else precision.cast(outputs, policy and policy.output), after
 
     return apply
 
@@ -106,6 +118,8 @@ def make_gradient(apply: Apply, loss: Loss) -> Gradient:
 def accumulated(gradient: Gradient, parts: int) -> Gradient:
     """The same gradient, from `parts` microbatches in turn: sums and counts add up, so unequal weights are exact.
 
+    The sums are float32, and so is the gradient, also where parameters are not.
+
     Microbatch `i` has the examples i, i + parts, i + 2 parts, ...: on a mesh each device keeps its own. Other
     collections, such as BatchNorm's statistics, are those after the last one; each has random streams of its own.
     """
@@ -117,7 +131,8 @@ def accumulated(gradient: Gradient, parts: int) -> Gradient:
 
         def one(extra: Any, i: Any) -> tuple[Any, Any, Metrics]:
             keys = {name: jax.random.fold_in(key, i) for name, key in rngs.items()}
-            return gradient(params, extra, jax.tree.map(lambda x: x[i], micro), keys)
+            grads, extra, metrics = gradient(params, extra, jax.tree.map(lambda x: x[i], micro), keys)
+            return precision.cast(grads, jnp.float32), extra, metrics
 
         def body(i: Any, carry: tuple[Any, Any, Metrics]) -> tuple[Any, Any, Metrics]:
             grads, extra, metrics = one(carry[1], i)

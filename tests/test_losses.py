@@ -1,19 +1,24 @@
 """Losses: against optax and float64 references; what weights take out; what they refuse."""
 
 import math
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from flaxmodels import losses, metrics
 from flaxmodels.registry import UserError
 
 # As in a step: jitted, so that each is one program to compile. Data are numpy arrays for the same reason.
 softmax_cross_entropy = jax.jit(
-    losses.softmax_cross_entropy, static_argnames=("label_smoothing", "z_loss", "metrics", "top_k", "token_bytes")
+    losses.softmax_cross_entropy,
+    static_argnames=("label_smoothing", "z_loss", "metrics", "top_k", "token_bytes", "chunks"),
 )
 sigmoid_cross_entropy = jax.jit(losses.sigmoid_cross_entropy, static_argnames="label_smoothing")
 mean_squared_error = jax.jit(losses.mean_squared_error)
@@ -346,6 +351,196 @@ def test_one_class_is_refused(targets):
         softmax_cross_entropy(normal(B, 1), {"targets": targets, "weights": np.ones(B)})
 
 
+# softmax_cross_entropy of a split head, in chunks
+
+D, V = 5, 97  # a vocabulary that no other size here can be taken for
+ALL = {
+    "label_smoothing": 0.1, "z_loss": 0.01, "metrics": ("accuracy", "top_k", "perplexity", "bits_per_byte"), "top_k": 9,
+    "token_bytes": tuple(i % 7 for i in range(V)),
+}  # fmt: skip
+
+
+def head(*shape, dtype=np.float32):
+    return {
+        "features": normal(*shape, D, scale=1.0).astype(dtype),
+        "kernel": normal(D, V, seed=1, scale=1.0).astype(dtype),
+    }
+
+
+def value_and_gradient(**options):
+    """(parts of a head, batch) -> (gradient of the sum of losses by the parts, metrics)."""
+
+    def objective(parts, data):
+        found = losses.softmax_cross_entropy(parts, data, **options)
+        return found["loss"][0], found
+
+    return jax.jit(jax.grad(objective, has_aux=True))
+
+
+def off(a, b):
+    """Relative distance of two arrays."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30)
+
+
+def agree(found, expected, gradients=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found[1], expected[1])
+    errors = jax.tree.map(off, found[0], expected[0])
+    assert max(jax.tree.leaves(errors)) < gradients, errors
+
+
+def test_the_logits_of_a_split_head_are_the_product_of_its_parts():
+    parts, data = head(B, T), batch(B, T, classes=V)
+    split, whole = (softmax_cross_entropy(x, data) for x in (parts, parts["features"] @ parts["kernel"]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), split, whole)
+
+
+@pytest.mark.parametrize("chunks", [2, 5, 24, 1000])
+def test_chunks_are_the_whole_in_every_metric_and_gradient(chunks):
+    """Of 24 tokens: parts of equal size, a last one that is filled up, one for each, and more than there are."""
+    data = {**batch(B, T, classes=V), "weights": np.arange(B * T, dtype=np.float32).reshape(B, T) % 3}
+    agree(*(value_and_gradient(**ALL, chunks=n)(head(B, T), data) for n in (chunks, 1)))
+
+
+def test_chunks_of_probabilities_are_the_whole():
+    options = {**ALL, "metrics": ("accuracy", "top_k", "perplexity")}
+    data = {**batch(B, T), "targets": probabilities(B, T, V)}
+    agree(*(value_and_gradient(**options, chunks=n)(head(B, T), data) for n in (5, 1)))
+
+
+def test_chunks_of_examples_without_a_length_are_the_whole():
+    agree(*(value_and_gradient(chunks=n)(head(B), batch(B, classes=V, weights=1)) for n in (3, 1)))
+
+
+def test_chunks_evaluate_as_they_train():
+    """Without a gradient it is another program, which computes none."""
+    parts, data = head(B, T), batch(B, T, classes=V)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        softmax_cross_entropy(parts, data, chunks=4, **ALL), value_and_gradient(chunks=4, **ALL)(parts, data)[1],
+    )  # fmt: skip
+
+
+def test_of_chunks_only_the_loss_has_a_gradient_and_it_scales():
+    parts, data = head(B, T), batch(B, T, classes=V)
+
+    def total(parts, name):
+        return 3 * softmax_cross_entropy(parts, data, chunks=4, metrics=("perplexity",))[name][0]
+
+    triple, none = (jax.jit(jax.grad(total), static_argnums=1)(parts, name) for name in ("loss", "perplexity"))
+    once = value_and_gradient(chunks=4)(parts, data)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 3 * b, rtol=1e-5, atol=1e-6), triple, once)
+    assert not any(np.any(x) for x in jax.tree.leaves(none))
+
+
+def sizes_with_classes(text):
+    """How many rows of V numbers each array of a lowered program has."""
+    shapes = {tuple(map(int, dims.split("x"))) for dims in re.findall(r"tensor<((?:\d+x)+\d+)x[a-z]", text)}
+    shapes |= {tuple(map(int, dims.split(","))) for dims in re.findall(r"[a-z]\d+\[(\d+(?:,\d+)*)\]", text)}
+    return {math.prod(shape) // V for shape in shapes if V in shape}
+
+
+def test_chunks_never_hold_all_logits():
+    parts, data = head(B, T), batch(B, T, classes=V)
+    whole, cut = (sizes_with_classes(value_and_gradient(chunks=n).lower(parts, data).as_text()) for n in (1, 8))
+    assert B * T in whole and cut == {D, B * T // 8}
+
+
+def test_the_gradient_of_a_bfloat16_kernel_adds_up_in_float32():
+    """1,024 chunks of equal gradient; a sum in bfloat16 would stand still at 256 times one of them."""
+    ones = {"features": jnp.ones((1024, D), jnp.bfloat16), "kernel": jnp.zeros((D, V), jnp.bfloat16)}
+    data = {"targets": np.zeros(1024, np.int32), "weights": np.ones(1024, np.float32)}
+    gradient, found = value_and_gradient(chunks=1024)(ones, data)
+    assert {x.dtype for x in gradient.values()} == {jnp.dtype(jnp.bfloat16)} and found["loss"][0].dtype == jnp.float32
+    np.testing.assert_allclose(np.asarray(gradient["kernel"][:, 0], np.float32), 1024 * (1 / V - 1), rtol=1e-2)
+
+
+def test_bfloat16_chunks_are_float32_up_to_its_rounding():
+    low, data = head(B, T, dtype=jnp.bfloat16), batch(B, T, classes=V, weights=1)
+    high = {k: np.asarray(x, np.float32) for k, x in low.items()}
+    agree(value_and_gradient(**ALL, chunks=4)(low, data), value_and_gradient(**ALL)(high, data), gradients=1e-2)
+
+
+def on_mesh(axes, chunks, rows=8, length=16):
+    """(what it finds and its gradient, the compiled program's text) with parts and batch spread over a mesh."""
+    mesh = Mesh(np.asarray(jax.devices()).reshape(axes), ("data", "fsdp", "sequence", "tensor"))
+    parts = {"features": normal(rows, length, W, scale=1.0), "kernel": normal(W, 8 * V, seed=1, scale=1.0)}
+    data = batch(rows, length, classes=8 * V)
+    tokens, kernel = (NamedSharding(mesh, spec) for spec in (P(("data", "fsdp"), "sequence"), P("fsdp", "tensor")))
+    places = ({"features": tokens, "kernel": kernel}, {"targets": tokens, "weights": tokens})
+    program = jax.jit(
+        value_and_gradient(**{**ALL, "token_bytes": (1,) * 8 * V}, chunks=chunks), out_shardings=(places[0], None)
+    )
+    rules = (("batch", ("data", "fsdp")), ("length", "sequence"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        compiled = program.lower(*jax.device_put((parts, data), places)).compile()
+    return compiled(*jax.device_put((parts, data), places)), compiled.as_text()
+
+
+W = 24  # a width that no other size there can be taken for
+AXES = [(8, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 8)]
+
+
+@pytest.mark.parametrize(
+    "axes", AXES[1:2] + [pytest.param(axes, marks=pytest.mark.slow) for axes in AXES[:1] + AXES[2:]]
+)
+def test_chunks_on_a_mesh_are_the_whole_on_one_device(axes):
+    chunks = 4
+    parts = {"features": normal(8, 16, W, scale=1.0), "kernel": normal(W, 8 * V, seed=1, scale=1.0)}
+    alone = value_and_gradient(**{**ALL, "token_bytes": (1,) * 8 * V})(parts, batch(8, 16, classes=8 * V))
+    found, text = on_mesh(axes, chunks)
+    agree(found, alone)
+    # A device has the logits of its share of the tokens of one chunk, and of the vocabulary, and sends none of them.
+    tensor, wide = axes[3], 8 * V // axes[3]
+    logits = [shape for shape in arrays(text) if {8 * V, wide} & set(shape) and not {W, W // axes[1]} & set(shape)]
+    assert max(map(math.prod, logits)) == 8 * 16 * tensor // 8 // chunks * wide
+    sent = [line for line in text.splitlines() if re.search(r" (all-|reduce-scatter|collective-permute)[\w-]*\(", line)]
+    wides = [line for line in sent if [shape for shape in arrays(line.split("(%")[0]) if {8 * V, wide} & set(shape)]]
+    assert all(W in shape for line in wides for shape in arrays(line.split("(%")[0]) if {8 * V, wide} & set(shape))
+    # The kernel is gathered, and its gradient added up, outside of the loop.
+    assert len(wides) <= 2 and not [line for line in wides if "while" in line]
+    assert wides or tensor == 8
+
+
+def arrays(text):
+    return {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[(\d[\d,]*)\]", text)}
+
+
+@pytest.mark.slow
+def test_chunks_of_a_real_vocabulary_take_an_eighth_of_the_memory():
+    shapes = {
+        "features": jax.ShapeDtypeStruct((8, 1024, 768), "float32"),
+        "kernel": jax.ShapeDtypeStruct((768, 50304), "float32"),
+    }
+    data = {"targets": jax.ShapeDtypeStruct((8, 1024), "int32"), "weights": jax.ShapeDtypeStruct((8, 1024), "float32")}
+    plain, cut = (
+        value_and_gradient(chunks=n).lower(shapes, data).compile().memory_analysis().temp_size_in_bytes for n in (1, 16)
+    )
+    assert plain > 8 * 1024 * 50304 * 4 and cut <= plain / 8
+    # And they agree, on fewer tokens.
+    parts = {"features": normal(2, 64, 768, scale=1.0), "kernel": normal(768, 50304, seed=1, scale=0.05)}
+    agree(*(value_and_gradient(chunks=n)(parts, batch(2, 64, classes=50304)) for n in (16, 1)))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        (
+            normal(B, T, V),
+            r"loss.chunks=2 is for a model that leaves its last layer to the loss.*leave loss.chunks out",
+        ),
+        ({"logits": normal(B, T, V)}, r"outputs have the keys \['logits'\]: expected logits, or the parts of a head"),
+        ({**head(B, T), "kernel": normal(V, D)}, r"\(4, 6, 5\) and dtype float32, the kernel \(97, 5\).*of one dtype"),
+        ({**head(B, T), "kernel": jnp.ones((D, V), jnp.bfloat16)}, r"the kernel \(5, 97\) and bfloat16.*of one dtype"),
+        (head(B, T + 1), r"outputs have shape \(4, 7, 97\), targets \(4, 6\)"),
+        ({**head(B, T), "kernel": normal(D, 1)}, r"outputs have shape \(4, 6, 1\).* at least 2 classes"),
+    ],
+)
+def test_chunks_refuse(outputs, message):
+    with pytest.raises(ValueError, match=message):
+        losses.softmax_cross_entropy(outputs, batch(B, T, classes=V), chunks=2)
+
+
 # sigmoid_cross_entropy, mean_squared_error
 
 
@@ -409,6 +604,7 @@ def test_evaluation_leaves_the_regularisers_out():
     jax.tree.map(np.testing.assert_array_equal, tested, plain)
     assert trained["loss"][0] > plain["loss"][0]
     assert set(trained) == set(tested) == {"loss", "top_k"}
+    assert [loss.keywords["chunks"] for loss in losses.make(chunks=3)] == [3, 3]  # memory is short there as well
 
 
 def test_every_name_makes_a_pair_of_losses():
@@ -434,6 +630,7 @@ def test_every_name_makes_a_pair_of_losses():
         ("softmax_cross_entropy", {"metrics": ("acuracy",)}, r"loss.metrics=\('acuracy',\) has the wrong type"),
         ("softmax_cross_entropy", {"metrics": "accuracy"}, r"expected a list of one of 'accuracy'"),
         ("softmax_cross_entropy", {"top_k": 0}, r"loss.top_k=0 is out of range"),
+        ("softmax_cross_entropy", {"chunks": 0}, r"loss.chunks=0 is out of range"),
         ("softmax_cross_entropy", {"outputs": 1}, r"loss.outputs=1: unknown key"),
         ("mean_squared_error", {"label_smoothing": 0.1}, r"unknown key.*There are: none"),
         ("math:pi", {}, r"3.14.* takes no options"),

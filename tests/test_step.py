@@ -161,6 +161,44 @@ def test_sharded_equals_alone(mlp, axes):
     jax.tree.map(close, program(make(), placed), alone.step(alone.state, data))
 
 
+# microbatches
+
+
+@pytest.mark.slow
+def test_eight_microbatches_of_unequal_weight_are_the_batch():
+    """Sums and counts add up: loss and gradient of a transformer in float32, with most tokens of some examples out."""
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, 64, (B, 17), np.int32)
+    weights = (np.arange(16) < generator.integers(0, 17, B)[:, None]).astype(np.float32)
+    data = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
+    assert len(set(weights.reshape(2, 8, 16).sum((0, 2)))) > 3  # of each microbatch
+    setup = Setup(build("transformer", vocab_size=64, layers=2, width=32, heads=2, max_length=16), data["inputs"])
+    (one, _, found), (eight, _, summed) = (
+        jax.jit(gradient)(setup.state.params, {}, data, step.streams(0, 0))
+        for gradient in (setup.gradient, step.accumulated(setup.gradient, 8))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), summed, found)
+    off = jax.tree.map(lambda a, b: float(metrics.norm(a - b) / metrics.norm(b)), eight, one)
+    assert max(jax.tree.leaves(off)) < 1e-6, off
+
+
+@pytest.mark.slow
+def test_a_transformer_with_a_split_head_trains_as_with_logits():
+    tokens = np.random.default_rng(0).integers(0, 96, (4, 17), np.int32)
+    data = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((4, 16), np.float32)}
+    fields = dict(vocab_size=96, layers=2, width=32, heads=2, max_length=16, tied_head=True)
+    plain = Setup(build("transformer", **fields), data["inputs"])
+    loss, tested = losses.make(chunks=4, metrics=("accuracy", "perplexity"))
+    split = Setup(build("transformer", **fields, split_head=True), data["inputs"], loss=loss)
+    equal(plain.state, split.state)
+    (grads, _, found), (expected, _, _) = (
+        jax.jit(setup.gradient)(plain.state.params, {}, data, step.streams(0, 0)) for setup in (split, plain)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, expected)
+    evaluated = jax.jit(partial(step.eval_step, apply=split.apply, loss=tested))(plain.state.params, {}, data)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), evaluated, found)
+
+
 # several steps a dispatch
 
 MOST = 4
