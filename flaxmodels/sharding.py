@@ -1,33 +1,34 @@
-"""One mesh, and rules that say how parameters lie on it: path regex -> spec, with a shape-based FSDP fallback.
+"""Rules that say how parameters lie on a mesh: path regex -> spec, with a shape-based FSDP fallback.
 
 Models are single-device code. Here, outside of them, a parameter's path is looked up in `RULES` (or a user's own);
-what no rule names gets its largest divisible dimension sharded over `fsdp`. Optimizer state follows its parameters,
-since its paths end in theirs. Words as in `jax.sharding`: mesh, axis, spec.
+what no rule names gets its largest divisible dimension sharded over `fsdp` and `sequence`. Optimizer state follows its
+parameters, since its paths end in theirs. Meshes are made in `meshes`. Words as in `jax.sharding`: mesh, axis, spec.
 """
 
 import math
-import os
 import re
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from flaxmodels import registry
-from flaxmodels.registry import Positive, UserError
-
-AXES = ("data", "fsdp", "tensor")
-# A batch is split over both: FSDP is data parallelism whose parameters are sharded too.
-BATCH_AXES = ("data", "fsdp")
+from flaxmodels.meshes import AXES as AXES
+from flaxmodels.meshes import BATCH_AXES as BATCH_AXES
+from flaxmodels.meshes import automatic as automatic
+from flaxmodels.meshes import describe as describe
+from flaxmodels.meshes import find_devices as find_devices
+from flaxmodels.meshes import make_mesh as make_mesh
+from flaxmodels.registry import UserError
 
 Rules = tuple[tuple[str, tuple[Any, ...]], ...]
 
 # Tensor parallelism as Megatron-LM does it (Shoeybi et al. 2019, arXiv:1909.08053): split the first map of a pair by
 # its outputs, the second by its inputs. A spec names the last dimensions; leading ones (a layer axis) stay whole. An
-# axis of these rules that does not divide its dimension is left out; `fsdp` comes from the fallback.
+# axis of these rules that does not divide its dimension is left out (`padding_report`); `fsdp` comes from the fallback.
 RULES: Rules = (
     (r"attention/(query|key|value)/kernel", (None, "tensor", None)),
     (r"attention/out/kernel", ("tensor", None, None)),
@@ -38,10 +39,22 @@ RULES: Rules = (
     (r"(hidden_\d+|dense)/kernel", (None, "tensor")),
 )
 
+VOCABULARY = r"(embed/embedding|head/kernel)$"
+
+# The fields in which models keep the sizes that these rules split.
+FIELDS = (
+    (r"attention/(query|out)/kernel", "heads"),
+    (r"attention/(key|value)/kernel", "kv_heads"),
+    (r"mlp/(gate|up|down)/kernel", "mlp_width"),
+    (VOCABULARY, "vocab_size"),
+    (r"head/kernel", "classes"),
+)
+
 # Logical names of activations that models mark (nn.with_logical_constraint) -> mesh axes.
 ACTIVATIONS = (
     ("batch", BATCH_AXES),
-    ("length", None),
+    ("length", "sequence"),
+    ("kv_length", None),  # each query sees all keys before it
     ("embed", None),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -49,60 +62,11 @@ ACTIVATIONS = (
     ("vocab", "tensor"),
 )
 
+# Parameters, which devices along a sequence share, are sharded over these too: each would hold the same otherwise.
+PARAMETER_AXES = ("fsdp", "sequence")
+
 # Elements under which the fallback leaves a parameter whole: gathering it would cost more than holding it.
 MIN_SHARDED = 1024
-
-
-def make_mesh(
-    data: Positive | None = None,
-    fsdp: Positive = 1,
-    tensor: Positive = 1,
-    platform: Literal["cpu", "gpu", "tpu"] | None = None,
-    *,
-    devices: Sequence[jax.Device] | None = None,
-) -> Mesh:
-    """A mesh over all devices with axes `data`, `fsdp`, `tensor`.
-
-    Args:
-      data: devices along the data axis; None takes what the other two leave.
-      fsdp: devices over which parameters, gradients and optimizer state are sharded.
-      tensor: devices over which heads, MLP and vocabulary are split.
-      platform: what kind of device to use; None takes the best there is.
-      devices: default all that JAX finds.
-
-    Raises:
-      UserError: there is no such device, or the axes don't multiply to the number of devices.
-    """
-    devices = list(find_devices(platform) if devices is None else devices)
-    inner = fsdp * tensor
-    data = max(len(devices) // inner, 1) if data is None else data
-    if data * inner != len(devices):
-        raise UserError(
-            f"mesh: data={data} x fsdp={fsdp} x tensor={tensor} is {data * inner} devices, but there are "
-            f"{len(devices)}. Leave mesh.data out and choose fsdp x tensor to divide {len(devices)}."
-        )
-    grid = jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
-    return Mesh(grid.devices, AXES)  # Linen does not work with the explicit axes that are make_mesh's default
-
-
-def find_devices(platform: str | None = None) -> list[jax.Device]:
-    """All devices of a kind; None: of the best kind there is. UserError if there are none."""
-    try:
-        return jax.devices(platform)
-    except (RuntimeError, AssertionError) as error:  # the second, bare, where the CUDA plugin is not installed
-        asked = [f"mesh.platform={platform!r}"] if platform else []
-        asked += [f"JAX_PLATFORMS={name!r}"] if (name := os.environ.get("JAX_PLATFORMS")) else []
-        reason = (str(error).strip() or "its plugin is not installed").splitlines()[0]
-        raise UserError(
-            f"{', '.join(asked) or 'JAX'}: there is no such device ({reason}).\n"
-            "Install flaxmodels-train[cuda] or [tpu] for the device, or leave both out to use what is there."
-        ) from error
-
-
-def describe(mesh: Mesh) -> str:
-    """The mesh in a line: "8 x cpu: data=4, fsdp=2"."""
-    axes = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}: {axes}"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -123,6 +87,20 @@ def check_batch(mesh: Mesh, batch_size: int, where: str = "data.batch_size") -> 
         near = " or ".join(str(n) for n in (below, above) if n)
         raise UserError(
             f"{where}={batch_size} does not divide over the {parts} devices of {describe(mesh)}: use {near}."
+        )
+
+
+def check_program(mesh: Mesh, lowered: jax.stages.Lowered) -> None:
+    """UserError for a train step that XLA would get wrong on this mesh.
+
+    The gradient of a convolution's kernel, with inputs split along height or width over one axis, comes out multiplied
+    by the devices of any other axis that splits neither: seen with jax 0.10.2 and 0.12.0, on CPU. Inputs are split so
+    over `sequence`, by a mark or by a parameter's sharding that spreads; what then splits nothing is `tensor`.
+    """
+    if mesh.shape["sequence"] > 1 and mesh.shape["tensor"] > 1 and "stablehlo.convolution" in lowered.as_text():
+        raise UserError(
+            f"mesh: sequence={mesh.shape['sequence']} x tensor={mesh.shape['tensor']}: the model has convolutions, and "
+            "XLA gets their gradients wrong where both are more than 1. Use data or fsdp instead of one of them."
         )
 
 
@@ -162,11 +140,18 @@ def spec_of(path: str, shape: Sequence[int], mesh: Mesh, rules: Rules = ()) -> P
     Raises:
       UserError: one of `rules` names an axis that does not divide its dimension, or more dimensions than there are.
     """
-    own = next((spec for pattern, spec in rules if re.search(f"(?:{pattern})$", path)), None)
-    if own is not None:
+    if (own := _own(path, rules)) is not None:
         return P(*_fit(own, path, shape, mesh, strict=True))
-    spec = next((spec for pattern, spec in RULES if re.search(f"(?:{pattern})$", path) and len(spec) <= len(shape)), ())
-    return P(*_fallback(_fit(spec, path, shape, mesh, strict=False), shape, mesh))
+    return P(*_fallback(_fit(_built_in(path, shape), path, shape, mesh, strict=False), shape, mesh))
+
+
+def _own(path: str, rules: Rules) -> tuple[Any, ...] | None:
+    return next((spec for pattern, spec in rules if re.search(f"(?:{pattern})$", path)), None)
+
+
+def _built_in(path: str, shape: Sequence[int]) -> tuple[Any, ...]:
+    found = (spec for pattern, spec in RULES if re.search(f"(?:{pattern})$", path) and len(spec) <= len(shape))
+    return next(found, ())
 
 
 def _fit(spec: Sequence[Any], path: str, shape: Sequence[int], mesh: Mesh, *, strict: bool) -> list[Any]:
@@ -186,11 +171,14 @@ def _fit(spec: Sequence[Any], path: str, shape: Sequence[int], mesh: Mesh, *, st
 
 
 def _fallback(entries: list[Any], shape: Sequence[int], mesh: Mesh) -> list[Any]:
-    """Shard the largest free dimension that `fsdp` divides; of equal ones the last."""
-    size = mesh.shape["fsdp"]
-    free = [i for i, entry in enumerate(entries) if entry is None and shape[i] % size == 0]
-    if size > 1 and free and math.prod(shape) >= MIN_SHARDED:
-        entries[max(free, key=lambda i: (shape[i], i))] = "fsdp"
+    """Shard the largest free dimension that `PARAMETER_AXES` divide, else the first of them; of equal ones the last."""
+    for names in (PARAMETER_AXES, PARAMETER_AXES[:1]):
+        axes = tuple(name for name in names if mesh.shape[name] > 1)
+        parts = math.prod(mesh.shape[name] for name in axes)
+        free = [i for i, entry in enumerate(entries) if entry is None and shape[i] % parts == 0]
+        if axes and free and math.prod(shape) >= MIN_SHARDED:
+            entries[max(free, key=lambda i: (shape[i], i))] = axes if len(axes) > 1 else axes[0]
+            break
     return entries
 
 
@@ -227,20 +215,91 @@ def shard_tree(tree: Any, mesh: Mesh, rules: Rules = (), params: Any = None) -> 
     return jax.tree.map_with_path(one, tree)
 
 
-def replicated_report(params: Any, limit: int = 2**20) -> list[str]:
+def tensor_sizes(params: Any) -> tuple[int, ...]:
+    """What `tensor` would split by the built-in rules, but for the vocabulary, which may stay whole.
+
+    Args:
+      params: anything with shapes and dtypes.
+
+    Returns:
+      Sizes of dimensions; none where the rules split less than half of the parameters, so that most of the work would
+      be the same on each device.
+    """
+    sizes, split, total = set[int](), 0, 0
+    for keys, x in jax.tree.leaves_with_path(params):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        spec = _built_in(path, x.shape)
+        if not re.search(VOCABULARY, path):
+            total += _bytes(x)
+            split += _bytes(x) if spec else 0
+            sizes |= {size for size, axis in zip(x.shape[len(x.shape) - len(spec) :], spec) if axis}
+    return tuple(sorted(sizes)) if 2 * split > total else ()
+
+
+def replicated_report(params: Any, limit: int = 2**20, rules: Rules = ()) -> list[str]:
     """A line for each parameter of over `limit` bytes that is whole on every device though the mesh could split it.
 
     Args:
       params: `jax.ShapeDtypeStruct` (or arrays) with shardings.
       limit: bytes.
+      rules: a user's own; a parameter that one of them names is whole on purpose.
     """
     lines = []
-    for keys, x in jax.tree.leaves_with_path(params):
-        size, mesh = math.prod(x.shape) * np.dtype(x.dtype).itemsize, x.sharding.mesh
-        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 and size > limit and x.sharding.is_fully_replicated:
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
-            lines.append(
-                f"{path} {tuple(x.shape)} is replicated: {size / 2**20:.1f} MiB on every device. No dimension divides "
-                f'by fsdp={mesh.shape["fsdp"]}: pad one, or add ("{path}", spec) to sharding.rules.'
-            )
+    for path, x, mesh in _large(params, limit):
+        axes = [name for name in (*PARAMETER_AXES, "tensor") if mesh.shape[name] > 1]
+        if not axes or not x.sharding.is_fully_replicated or _own(path, rules) is not None:
+            continue
+        said = " x ".join(f"{name}={mesh.shape[name]}" for name in axes)
+        parts = math.prod(mesh.shape[name] for name in PARAMETER_AXES)
+        largest = max(range(len(x.shape)), key=lambda i: (x.shape[i], i))
+        advice = f"No dimension divides by {said}: pad dimension {largest} to {_padded(x.shape[largest], parts)}"
+        lines.append(
+            f"{path} {tuple(x.shape)} is replicated: {_bytes(x) / 2**20:.1f} MiB on every device. "
+            + (advice if parts > 1 else f"No rule splits it over {said}: use mesh.fsdp")
+            + f', or add ("{path}", spec) to sharding.rules.'
+        )
     return lines
+
+
+def padding_report(params: Any, limit: int = 2**20, rules: Rules = (), fields: Collection[str] = ()) -> list[str]:
+    """A line for each size that a built-in rule would split but the mesh does not divide, with one that it does.
+
+    Args:
+      params: `jax.ShapeDtypeStruct` (or arrays) with shardings.
+      limit: bytes of a parameter up to which it does not matter.
+      rules: a user's own, which stand instead of the built-in ones.
+      fields: of the model; one that is the size in question is named.
+    """
+    found: dict[tuple[str, int, str, int], list[str]] = {}
+    for path, x, mesh in _large(params, limit):
+        spec = _built_in(path, x.shape) if _own(path, rules) is None else ()
+        for size, axis in zip(x.shape[len(x.shape) - len(spec) :], spec):
+            if axis is not None and size % (parts := mesh.shape[axis]):
+                names = (name for pattern, name in FIELDS if name in fields and re.search(f"(?:{pattern})$", path))
+                key = next((f"model.{name}" for name in names), f"a dimension of {path}")
+                found.setdefault((key, size, axis, parts), []).append(path)
+    lines = []
+    for (key, size, axis, parts), paths in found.items():
+        smaller = f", or mesh.{axis}={math.gcd(size, parts)}" if math.gcd(size, parts) > 1 else ""
+        better = f"{_padded(size, parts)}" if size > 128 else f"a multiple of {parts}"
+        lines.append(
+            f"{key}, {size}, does not divide over {axis}={parts}, where each device has all of "
+            f"{', '.join(paths)}, and all its work. Use {better}{smaller}."
+        )
+    return lines
+
+
+def _large(params: Any, limit: int) -> Iterator[tuple[str, Any, Mesh]]:
+    for keys, x in jax.tree.leaves_with_path(params):
+        if _bytes(x) > limit:
+            yield jax.tree_util.keystr(keys, simple=True, separator="/"), x, x.sharding.mesh
+
+
+def _bytes(x: Any) -> int:
+    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+
+def _padded(size: int, parts: int) -> int:
+    """The next multiple of `parts`; of 128 too where that is little, since matrix units of accelerators like it."""
+    unit = math.lcm(parts, 128) if size > 1024 else parts
+    return -(-size // unit) * unit
