@@ -1,11 +1,17 @@
 """The transformer: what must be true of it whatever its weights are."""
 
+import re
+from types import SimpleNamespace
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
+from flaxmodels import attention, sharding
+from flaxmodels.job import assemble
 from flaxmodels.models import build
 from flaxmodels.models.transformer import Transformer, rotate
 from flaxmodels.registry import UserError
@@ -15,15 +21,7 @@ LLAMA = Transformer(**SIZES, kv_heads=2)
 GPT2 = Transformer(**SIZES, norm="layer", positions="learned", mlp="gelu", tied_head=True, use_bias=True)
 BOTH = pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
 TOKENS = jnp.arange(16).reshape(2, 8) * 3 % 16
-RULES = [
-    ("batch", ("data", "fsdp")),
-    ("length", None),
-    ("embed", None),
-    ("heads", "tensor"),
-    ("kv_heads", "tensor"),
-    ("mlp", "tensor"),
-    ("vocab", "tensor"),
-]
+REMAT = ("dots", "nothing", "offload")
 
 
 def random_params(model, seed=0):
@@ -272,7 +270,7 @@ def test_initial_weights_have_their_scale_and_differ_between_layers():
 
 def test_the_program_does_not_grow_with_depth():
     def size(layers):
-        model = LLAMA.clone(layers=layers, dropout=0.1)
+        model = LLAMA.clone(layers=layers, dropout=0.1, remat="dots")
         params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
 
         def loss(params):
@@ -280,7 +278,56 @@ def test_the_program_does_not_grow_with_depth():
 
         return len(jax.jit(jax.grad(loss)).lower(params).as_text().splitlines())
 
-    assert size(12) == size(2) > 100
+    assert size(48) == size(4) > 100
+
+
+# Memory
+
+
+@BOTH
+def test_a_split_head_is_what_the_logits_are_the_product_of(model):
+    params, halves = random_params(model), model.clone(split_head=True)
+    parts = run(halves, params)
+    assert {name: x.shape for name, x in parts.items()} == {"features": (2, 8, 16), "kernel": (16, 16)}
+    np.testing.assert_allclose(parts["features"] @ parts["kernel"], run(model, params), rtol=1e-5, atol=1e-5)
+    low = jax.eval_shape(halves.clone(dtype="bfloat16").apply, params, TOKENS)
+    assert {x.dtype for x in low.values()} == {jnp.dtype("bfloat16")}
+
+
+def test_no_way_to_save_memory_changes_a_parameter():
+    models = [LLAMA, LLAMA.clone(split_head=True), LLAMA.clone(remat="dots")]
+    first, *rest = jax.jit(lambda key: [model.init(key, TOKENS) for model in models])(jax.random.key(0))
+    for other in rest:
+        jax.tree.map(np.testing.assert_array_equal, other, first)
+
+
+def lower_gradient(remat, **fields):
+    """(value, gradient) of a model with dropout, lowered, and its parameters."""
+    model, tokens = LLAMA.clone(**fields, dropout=0.1, remat=remat), jnp.tile(TOKENS, (8, 1))
+
+    def loss(params):
+        logits = model.apply(params, tokens, train=True, rngs={"dropout": jax.random.key(0)})
+        return jax.nn.log_softmax(logits)[..., 0].sum()
+
+    params = random_params(model)
+    return jax.jit(jax.value_and_grad(loss)).lower(params), params
+
+
+@pytest.mark.slow
+def test_remat_saves_memory_and_changes_nothing():
+    found, memory = {}, {}
+    for remat in ("none", *REMAT):
+        lowered, params = lower_gradient(remat, layers=3)
+        program = lowered.compile()
+        found[remat], memory[remat] = program(params), program.memory_analysis().temp_size_in_bytes
+    for remat in REMAT:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found[remat], found["none"])
+    assert memory["nothing"] < 0.9 * memory["dots"] < 0.8 * memory["none"], memory
+
+
+@pytest.mark.parametrize(("fields", "kept"), [({"layers": 3}, False), ({"layers": 3, "unroll": 3}, True)])
+def test_where_no_loop_parts_the_passes_the_compiler_may_not_merge_them(fields, kept):
+    assert ("optimization_barrier" in lower_gradient("nothing", **fields)[0].as_text()) == kept
 
 
 # Dropout
@@ -325,13 +372,14 @@ def test_layers_drop_different_places():
 # On a mesh
 
 
-def on_mesh(f, params, tokens):
-    """Lower and run `f` on 8 devices under the rules; returns (lowered, outputs, mesh)."""
-    mesh = jax.make_mesh((4, 1, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        tokens = jax.device_put(tokens, jax.P(("data", "fsdp")))
+def on_mesh(f, params, tokens, **axes):
+    """Lower, compile and run `f` on 8 devices under the rules: (lowered, compiled, outputs, mesh)."""
+    mesh = sharding.make_mesh(**axes or {"data": 4, "tensor": 2})
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
+        tokens = jax.device_put(tokens, sharding.batch_sharding(mesh))
         lowered = jax.jit(f).lower(params, tokens)
-        return lowered, lowered.compile()(params, tokens), mesh
+        compiled = lowered.compile()
+        return lowered, compiled, compiled(params, tokens), mesh
 
 
 def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
@@ -346,7 +394,7 @@ def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
     plain = jax.jit(step).lower(params, tokens)
     assert "sharding_constraint" not in plain.as_text()
     (_, expected), gradients = plain.compile()(params, tokens)
-    lowered, ((_, logits), sharded), mesh = on_mesh(step, params, tokens)
+    lowered, _, ((_, logits), sharded), mesh = on_mesh(step, params, tokens)
     assert lowered.as_text().count("sharding_constraint") > 8
     layout = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
     assert logits.sharding.is_equivalent_to(layout, 3)
@@ -354,10 +402,107 @@ def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), sharded, gradients)
 
 
+@pytest.mark.parametrize("kernel", ["xla", pytest.param("ring", marks=pytest.mark.slow)])
+def test_of_a_split_length_keys_and_values_travel_and_nothing_else(kernel):
+    model, params, tokens = LLAMA.clone(attention=kernel), random_params(LLAMA), jnp.tile(TOKENS, (2, 1))
+    _, compiled, logits, mesh = on_mesh(model.apply, params, packed(tokens), data=2, sequence=4)
+    np.testing.assert_allclose(logits, run(LLAMA, params, packed(tokens)), rtol=1e-4, atol=1e-5)
+    assert logits.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P("data", "sequence")), 3)
+    collectives = r"= f32\[(\S+)\]\S* (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)\("
+    # Of 4 examples and 8 places a device computes 2 of each; there are 2 heads of keys of size 4.
+    travels = {"xla": ("2,8,2,4", "all-gather"), "ring": ("2,2,2,4", "collective-permute")}[kernel]
+    assert set(re.findall(collectives, compiled.as_text())) == {travels}
+
+
 def test_packed_documents_on_a_mesh():
     params, inputs = random_params(LLAMA), packed(jnp.tile(TOKENS, (4, 1)))
-    _, logits, _ = on_mesh(lambda params, inputs: LLAMA.apply(params, inputs), params, inputs)
+    *_, logits, _ = on_mesh(lambda params, inputs: LLAMA.apply(params, inputs), params, inputs)
     np.testing.assert_allclose(logits, run(LLAMA, params, inputs), rtol=1e-4, atol=1e-5)
+
+
+def losses(devices, mesh, **fields):
+    config = small.config("transformer", mesh=mesh)
+    config["model"] |= fields
+    _, packed_metrics, names = small.train(assemble(config, jax.devices()[:devices]))
+    found = small.means(packed_metrics, names)
+    return np.stack([found["loss"], found["grad_norm"]])
+
+
+@pytest.mark.slow
+def test_a_split_length_trains_as_one_device_does():
+    found = losses(8, {"data": 2, "sequence": 4}, attention="ring", remat="dots")
+    np.testing.assert_allclose(found, losses(1, {"data": 1}), rtol=2e-5)
+
+
+@pytest.mark.slow
+def test_splash_attention_and_offloading_compile_for_tpus(monkeypatch):
+    pytest.importorskip("libtpu", reason="needs libtpu, of the extra `tpu`")
+    from jax.experimental import topologies
+
+    for name in ("TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD"):
+        monkeypatch.setenv(name, "1")
+    devices = topologies.get_topology_desc(topology_name="v5e:2x4", platform="tpu").devices
+    mesh = sharding.make_mesh(data=2, sequence=2, tensor=2, devices=devices)
+    fields = {"layers": 2, "width": 256, "heads": 4, "kv_heads": 1, "max_length": 256, "dtype": "bfloat16"}
+    model = Transformer(256, **fields, remat="offload")
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 256), jnp.int32))
+    whole, split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
+    tokens = jax.ShapeDtypeStruct((4, 256), "int32", sharding=split)
+    inputs = dict.fromkeys(("tokens", "segments", "positions"), tokens)
+    assert model.chosen(mesh, inputs) == ("attention: splash (TPU, length 256, head size 64, sequence=2)",)
+
+    def loss(params, inputs):
+        return jax.nn.log_softmax(model.apply(params, inputs, train=True))[..., 0].mean()
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
+        compiled = jax.jit(jax.grad(loss)).lower(params, inputs).compile()
+    assert compiled.as_text().count("tpu_custom_call") >= 3  # forward, and two backward
+    assert compiled.memory_analysis().host_temp_size_in_bytes > 0
+
+
+# Which attention
+
+
+def test_the_model_says_which_attention_it_has():
+    mesh, tokens = sharding.make_mesh(), jax.ShapeDtypeStruct((8, 8), "int32")
+    line = "attention: xla (CPU, length 8, head size 4)"
+    assert LLAMA.chosen(mesh, tokens) == LLAMA.chosen(mesh, packed(TOKENS)) == (line,)
+    ring = LLAMA.clone(attention="ring").chosen(sharding.make_mesh(data=1, sequence=8), tokens)
+    assert ring == ("attention: ring (CPU, length 8, head size 4, sequence=8)",)
+
+
+def test_what_is_said_is_what_is_used(monkeypatch):
+    used = []
+    monkeypatch.setattr(attention, "ring", lambda q, *_, **options: used.append(options) or q)
+    model = LLAMA.clone(attention="ring")
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    assert not used  # parameters need no kernel
+    jax.eval_shape(model.apply, params, packed(TOKENS))
+    assert used[0]["segments"].shape == (2, 8)
+    monkeypatch.setattr(attention, "RING_FROM", 2)
+    with jax.set_mesh(sharding.make_mesh(data=2, sequence=4)):
+        jax.eval_shape(LLAMA.clone(kv_heads=4).apply, random_params(LLAMA.clone(kv_heads=4)), TOKENS)
+    assert used[-1]["segments"] is None and len(used) > 1
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "splash"])
+def test_a_kernel_that_can_not_run_here_is_refused(kernel):
+    model = LLAMA.clone(attention=kernel)
+    params = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
+    with pytest.raises(ValueError, match=rf'attention="{kernel}" needs .* cpu.*Use attention="auto"'):
+        jax.eval_shape(model.apply, params, TOKENS)
+    with pytest.raises(ValueError, match=kernel):
+        model.chosen(sharding.make_mesh(), TOKENS)
+
+
+def test_offloading_needs_the_memory_for_it():
+    model = LLAMA.clone(remat="offload")
+    assert model.chosen(sharding.make_mesh(), TOKENS)
+    device = SimpleNamespace(device_kind="abacus", addressable_memories=lambda: [SimpleNamespace(kind="device")])
+    mesh = SimpleNamespace(devices=np.array([device]))
+    with pytest.raises(ValueError, match=r"\"pinned_host\", and abacus has \['device'\]. Use remat=\"dots\""):
+        model.chosen(mesh, TOKENS)
 
 
 # Refusals
@@ -373,6 +518,10 @@ def test_packed_documents_on_a_mesh():
         ({"kv_heads": 0}, r"model: kv_heads=0 must be at least 1"),
         ({"dropout": 1}, r"model: dropout=1 must be in \[0, 1\)"),
         ({"kv_heads": 2.0}, r"model.kv_heads=2.0 has the wrong type: expected an integer or None"),
+        (
+            {"remat": "all"},
+            r"model.remat='all' has the wrong type: expected one of 'none', 'dots', 'nothing', 'offload'",
+        ),
         ({"norm": "batch"}, r"model.norm='batch' has the wrong type: expected one of 'rms', 'layer'"),
     ],
 )
@@ -389,6 +538,11 @@ def test_an_odd_head_is_fine_without_rotation():
 def test_too_long_an_input_names_both_lengths(shape):
     with pytest.raises(ValueError, match=rf"shape \({shape[0]},.*at most max_length=8"):
         LLAMA.init(jax.random.key(0), jnp.zeros(shape, jnp.int32))
+
+
+def test_inputs_that_are_no_tokens_are_named():
+    with pytest.raises(ValueError, match=r"shape \(2, 8\) and float32: expected integers"):
+        LLAMA.init(jax.random.key(0), jnp.zeros((2, 8)))
 
 
 def test_other_inputs_are_named():

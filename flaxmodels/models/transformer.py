@@ -7,6 +7,7 @@ Read `Transformer` first, then `Block`. `mark` says what an axis is; it does not
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+_KERNELS = "flaxmodels.attention"  # loaded when it is needed
 _INIT = nn.initializers.normal(0.02)
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
 # Where a row holds several documents: {"segments": (B, T), "positions": (B, T)}. None: one, from its start.
 Layout = Mapping[str, jax.Array] | None
 
@@ -41,7 +48,11 @@ class Transformer(nn.Module):
       use_bias: in the projections of the blocks and in layer norms.
       dropout: the rate after the embedding and at the end of each residual branch; 0 is off.
       rope_base: the longest wavelength of rotary positions is about 2 pi times this.
-      attention: "xla" works everywhere; "cudnn" is flash attention on Nvidia GPUs, for bfloat16.
+      attention: the kernel. "xla" works everywhere; "cudnn" is flash attention on Nvidia GPUs, for bfloat16, "splash"
+        on TPUs; "ring" splits keys and values, too, over a mesh's `sequence`. "auto" picks: see `chosen`.
+      remat: what a block's backward pass finds saved (https://arxiv.org/abs/1604.06174): "none" recomputes nothing,
+        "dots" all but products with parameters, "nothing" everything; "offload" is "dots", saved in the host's memory.
+      split_head: return what the head would multiply instead of logits, for a loss that never holds all of them.
       unroll: blocks that one turn of the compiled loop over layers computes; more runs faster and compiles longer.
       dtype: of the computation. Parameters, softmax, statistics and rotations are float32.
     """
@@ -60,7 +71,9 @@ class Transformer(nn.Module):
     use_bias: bool = False
     dropout: float = 0.0
     rope_base: float = 10000.0
-    attention: Literal["xla", "cudnn"] = "xla"
+    attention: Literal["auto", "xla", "cudnn", "splash", "ring"] = "auto"
+    remat: Literal["none", "dots", "nothing", "offload"] = "none"
+    split_head: bool = False
     unroll: int = 1
     dtype: Literal["float32", "bfloat16"] = "float32"
 
@@ -85,8 +98,11 @@ class Transformer(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array | Mapping[str, jax.Array], train: bool = False) -> jax.Array:
+    def __call__(self, inputs: jax.Array | Mapping[str, jax.Array], train: bool = False) -> Any:
         """Map tokens (B, T), an integer dtype, to logits (B, T, vocab_size) float32; those at t see inputs up to t.
+
+        With `split_head`, to {"features": (B, T, width), "kernel": (width, vocab_size)}, both in `dtype`, whose product
+        the logits are.
 
         Inputs are the tokens, or, where a row holds several documents, {"tokens", "segments", "positions"}, each (B, T)
         of an integer dtype. Then those at t see inputs of their own segment only, and positions, below `max_length`,
@@ -95,7 +111,8 @@ class Transformer(nn.Module):
         With `train` and `dropout`, `apply` needs `rngs={"dropout": key}`. A token outside the vocabulary gives NaN.
 
         Raises:
-          ValueError: T is more than `max_length`, or inputs are not (B, T), or have other keys.
+          ValueError: T is more than `max_length`, inputs are not (B, T) integers or have other keys, or the kernel that
+            `attention` names can't compute this here.
         """
         layout = None
         if isinstance(inputs, Mapping):
@@ -103,44 +120,70 @@ class Transformer(nn.Module):
                 raise ValueError(f"inputs have the keys {sorted(inputs)}: expected tokens, segments, positions.")
             layout = {name: inputs[name] for name in ("segments", "positions")}
             inputs = inputs["tokens"]
-        if inputs.ndim != 2 or inputs.shape[1] > self.max_length:
+        whole = jnp.issubdtype(inputs.dtype, jnp.integer)
+        if not whole or inputs.ndim != 2 or inputs.shape[1] > self.max_length:
             raise ValueError(
-                f"inputs of shape {inputs.shape}: expected (batch, length) with length at most "
-                f"max_length={self.max_length}. Cut the sequences, or raise max_length."
+                f"inputs of shape {inputs.shape} and {inputs.dtype}: expected integers, (batch, length) with length at "
+                f"most max_length={self.max_length}. Cut the sequences, or raise max_length."
             )
-        if self.attention == "cudnn" and (self.dtype != "bfloat16" or jax.default_backend() != "gpu"):
-            raise ValueError(
-                f'attention="cudnn" needs an Nvidia GPU and dtype="bfloat16"; here are {jax.default_backend()} and '
-                f'{self.dtype}. Use attention="xla".'
-            )
+        # Parameters do not depend on the kernel, and are often made where the mesh is not set.
+        kernel = "xla" if self.is_initializing() else self._pick(inputs.shape, layout is not None)[0]
         embed = functools.partial(nn.Embed, features=self.width, embedding_init=_INIT, dtype=self.dtype)
         tokens = embed(self.vocab_size, name="embed")
-        x_BxTxD = tokens(inputs)
+        # The table's width is gathered, as other parameters are: else the compiler splits, then regroups, the result.
+        table_VxD = mark(tokens.embedding.astype(self.dtype), "vocab", "embed")
+        x_BxTxD = jnp.take(table_VxD, inputs, axis=0)
         if self.positions == "learned":
             places = embed(self.max_length, name="embed_positions")
             x_BxTxD += places(jnp.arange(inputs.shape[1]))[None] if layout is None else places(layout["positions"])
         x_BxTxD = nn.Dropout(self.dropout, deterministic=not train)(x_BxTxD)
-        x_BxTxD, _ = self._blocks(train)(mark(x_BxTxD, "batch", "length", "embed"), layout)
+        x_BxTxD, _ = self._blocks(train, kernel)(mark(x_BxTxD, "batch", "length", "embed"), layout)
         x_BxTxD = self._make_norm()(name="norm")(x_BxTxD)
-        if self.tied_head:
-            logits_BxTxV = tokens.attend(x_BxTxD)
-        else:
-            head = nn.Dense(self.vocab_size, use_bias=False, kernel_init=_INIT, dtype=self.dtype, name="head")
-            logits_BxTxV = head(x_BxTxD)
-        return mark(logits_BxTxV, "batch", "length", "vocab").astype(jnp.float32)
+        kernel_DxV = table_VxD.T if self.tied_head else Head(self.vocab_size, name="head")(self.width)
+        kernel_DxV = kernel_DxV.astype(self.dtype)
+        if self.split_head:
+            return {"features": x_BxTxD, "kernel": mark(kernel_DxV, "embed", "vocab")}
+        return mark(x_BxTxD @ kernel_DxV, "batch", "length", "vocab").astype(jnp.float32)
 
-    def _blocks(self, train: bool) -> nn.Module:
+    def chosen(self, mesh: jax.sharding.Mesh, inputs: Any) -> tuple[str, ...]:
+        """Lines for a log: the kernel of attention for such inputs (arrays or their shapes) on a mesh, and why.
+
+        Raises:
+          ValueError: `attention` names a kernel that can't compute this, or `remat` memory that devices don't have.
+        """
+        kinds = sorted(memory.kind for memory in mesh.devices.flat[0].addressable_memories())
+        if self.remat == "offload" and "pinned_host" not in kinds:
+            raise ValueError(
+                f'remat="offload" needs the memory "pinned_host", and {mesh.devices.flat[0].device_kind} has {kinds}. '
+                'Use remat="dots" or remat="nothing".'
+            )
+        packed = isinstance(inputs, Mapping)
+        return (self._pick((inputs["tokens"] if packed else inputs).shape, packed, mesh)[1],)
+
+    def _pick(self, shape: tuple[int, ...], packed: bool, mesh: jax.sharding.Mesh | None = None) -> tuple[str, str]:
+        """The kernel for tokens of `shape` (B, T), and a line for a log; on the mesh that is set if none is given."""
+        attention = importlib.import_module(_KERNELS)
+        sizes = (*shape, self.heads, self.width // self.heads)
+        case = attention.Case(sizes, self.kv_heads or self.heads, self.dtype, packed, *attention.place(mesh))
+        picked: tuple[str, str] = attention.pick(self.attention, case)
+        return picked
+
+    def _blocks(self, train: bool, kernel: str) -> nn.Module:
         """All blocks as one module, called as `(x_BxTxD, layout)`; returns `(x_BxTxD, None)`."""
         # What ends a residual branch starts smaller, so that the sum of all branches does not grow with depth (GPT-2).
         out_init = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)
         common: dict[str, Any] = {"use_bias": self.use_bias, "out_init": out_init, "dtype": self.dtype}
         rope_base = self.rope_base if self.positions == "rope" else None
         kv_heads = self.kv_heads or self.heads
-        attention = functools.partial(Attention, self.heads, kv_heads, rope_base, self.attention, **common)
+        attention = functools.partial(Attention, self.heads, kv_heads, rope_base, kernel, **common)
         width = self.mlp_width or (4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 192) * 64)
         mlp = functools.partial(MLP, width, self.mlp == "swiglu", **common)
+        block = Block
+        if self.remat != "none":
+            # Where the loop has one turn there is none after compilation, and equal work would be merged.
+            block = nn.remat(Block, policy=_POLICIES[self.remat], prevent_cse=self.unroll >= self.layers)
         scan = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
@@ -154,6 +197,18 @@ class Transformer(nn.Module):
         if self.norm == "rms":
             return functools.partial(nn.RMSNorm, dtype=self.dtype)
         return functools.partial(nn.LayerNorm, use_bias=self.use_bias, dtype=self.dtype)
+
+
+class Head(nn.Module):
+    """The kernel of the last map, which is a product and nothing else."""
+
+    vocab_size: int
+
+    @nn.compact
+    def __call__(self, width: int) -> jax.Array:
+        """(width, vocab_size), float32."""
+        kernel: jax.Array = self.param("kernel", _INIT, (width, self.vocab_size))
+        return kernel
 
 
 class Block(nn.Module):
@@ -190,7 +245,7 @@ class Attention(nn.Module):
     heads: int
     kv_heads: int
     rope_base: float | None
-    implementation: Literal["xla", "cudnn"]
+    kernel: str
     use_bias: bool
     out_init: Callable[..., Any]
     dtype: str
@@ -198,10 +253,10 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, layout: Layout = None) -> jax.Array:
         """Map (B, T, D) to the same shape, in `dtype`; with a layout, each segment by itself."""
-        positions_BxT, mask_Bx1xTxT = None, None
+        positions_BxT, segments_BxT, same_Bx1xTxT = None, None, None
         if layout is not None:
             positions_BxT, segments_BxT = layout["positions"], layout["segments"]
-            mask_Bx1xTxT = (segments_BxT[:, :, None] == segments_BxT[:, None, :])[:, None]
+            same_Bx1xTxT = segments_BxT[:, None, :, None] == segments_BxT[:, None, None]
         D = x_BxTxD.shape[-1]
         dense = functools.partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype)
         project = functools.partial(dense, kernel_init=_INIT)
@@ -209,16 +264,18 @@ class Attention(nn.Module):
         q_BxTxNxH = project((self.heads, H), name="query")(x_BxTxD)
         k_BxTxKxH = project((self.kv_heads, H), name="key")(x_BxTxD)
         v_BxTxKxH = project((self.kv_heads, H), name="value")(x_BxTxD)
+        k_BxTxKxH, v_BxTxKxH = (mark(x, "batch", "length", "kv_heads", None) for x in (k_BxTxKxH, v_BxTxKxH))
         if self.rope_base is not None:
             q_BxTxNxH, k_BxTxKxH = (rotate(x, self.rope_base, positions_BxT) for x in (q_BxTxNxH, k_BxTxKxH))
-        y_BxTxNxH = jax.nn.dot_product_attention(
-            mark(q_BxTxNxH, "batch", "length", "heads", None),
-            mark(k_BxTxKxH, "batch", "length", "kv_heads", None),
-            mark(v_BxTxKxH, "batch", "length", "kv_heads", None),
-            mask=mask_Bx1xTxT,
-            is_causal=True,
-            implementation=self.implementation,
-        )
+        q_BxTxNxH = mark(q_BxTxNxH, "batch", "length", "heads", None)
+        if self.kernel != "ring":  # where a mesh splits the length, each query's device gathers the keys of all of it
+            k_BxTxKxH, v_BxTxKxH = (mark(x, "batch", "kv_length", "kv_heads", None) for x in (k_BxTxKxH, v_BxTxKxH))
+        if self.kernel in ("xla", "cudnn"):
+            plain = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=self.kernel)
+            attend = functools.partial(plain, mask=same_Bx1xTxT)
+        else:
+            attend = functools.partial(getattr(importlib.import_module(_KERNELS), self.kernel), segments=segments_BxT)
+        y_BxTxNxH = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
         y_BxTxNxH = mark(y_BxTxNxH, "batch", "length", "heads", None)
         return dense(D, axis=(-2, -1), kernel_init=self.out_init, name="out")(y_BxTxNxH)
 
