@@ -1,10 +1,12 @@
-"""Flax Linen models, each in one file of its own, and `build`, which makes one from a config.
+"""Flax models, each in one file of its own, and `build`, which makes one from a config.
 
 A model is single-device code: `model(inputs, train=False)` returns float32 outputs, and its fields are all there is to
 configure. How it is spread over a mesh is said elsewhere (`sharding.py`). The names below are imported only when they
-are picked, so one model does not load the others.
+are picked, so one model does not load the others. Ours are Linen modules; one of your own may be an NNX module, which
+`from_nnx.py` turns into a Linen one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -23,26 +25,38 @@ def build(name: str, **fields: Any) -> nn.Module:
     """The module `name` with its `fields`, as the `model` section of a config gives them.
 
     Args:
-      name: a key of `MODELS`, or `"package.module:Class"` for a Linen module of your own.
-      **fields: the fields of that class. Lists become tuples.
+      name: a key of `MODELS`, or `"package.module:Class"` for a Linen or an NNX module of your own.
+      **fields: the fields of that class, of an NNX module the arguments of its constructor. Lists become tuples.
 
     Raises:
-      UserError: there is no such model, it is not a Linen module class, a field is unknown, missing or of the wrong
+      UserError: there is no such model, it is not a class of Flax modules, a field is unknown, missing or of the wrong
         type, or the module itself refuses the values.
     """
-    cls = check_class(pick(MODELS, name, "model.name"), name)
-    checked = bind(cls, fields, where="model")
+    make = check_class(pick(MODELS, name, "model.name"), name)
+    checked = bind(make, fields, where="model")
     try:
-        return cls(**checked)
+        return make(**checked)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
 
 
-def check_class(found: Any, name: str) -> type[nn.Module]:
-    """`found`, which `name` stands for, if it is a class of Linen modules (UserError)."""
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise UserError(
-            f"model.name={name!r} is {found!r}: expected a class that derives from flax.linen.Module. "
-            "An NNX module needs a Linen wrapper: flax.nnx.bridge.to_linen_class."
-        )
-    return found
+def check_class(found: Any, name: str) -> Callable[..., nn.Module]:
+    """What makes modules of the class `found`: itself, or a function with the signature of an NNX class.
+
+    Args:
+      found: what `name` stands for.
+      name: for the message.
+
+    Raises:
+      UserError: it is not a class of Flax modules.
+    """
+    bases = found.__mro__ if isinstance(found, type) else ()
+    if nn.Module in bases:
+        return found
+    if any(base.__module__ == "flax.nnx.module" for base in bases):  # asking NNX itself would load it for every model
+        from flaxmodels.models import from_nnx
+
+        return from_nnx.maker(found)
+    raise UserError(
+        f"model.name={name!r} is {found!r}: expected a class that derives from flax.linen.Module or flax.nnx.Module."
+    )
