@@ -1,6 +1,8 @@
 """Train a config: python train.py --config=configs/digits_mlp.py [--workdir=DIR] [--config.KEY=VALUE ...].
 
-The same command again resumes. Exit codes: 0 done, 2 bad input, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
+On several hosts, the same command on each, with --coordinator_address=HOST:PORT --num_processes=N --process_id=I where
+no launcher tells (TPU pods, SLURM and Open MPI do). The same command again resumes. Exit codes: 0 done, 1 a fault,
+2 bad input, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
 """
 
 import sys
@@ -12,14 +14,16 @@ def main(argv: list[str]) -> int:
     """Flags -> config -> fit. Returns the exit code."""
     with exits.importing():
         from flaxmodels import config, loop
+        from flaxmodels.runtime import distributed
 
     flags = config.parse(config.train_parser("train.py"), argv)
-    return loop.fit(
-        flags.config,
-        flags.workdir,
-        allow_config_change=flags.arguments.allow_config_change,
-        allow_data_change=flags.arguments.allow_data_change,
-    ).exit_code
+    with distributed.joined(flags.arguments):
+        return loop.fit(
+            flags.config,
+            flags.workdir,
+            allow_config_change=flags.arguments.allow_config_change,
+            allow_data_change=flags.arguments.allow_data_change,
+        ).exit_code
 
 
 if __name__ == "__main__":

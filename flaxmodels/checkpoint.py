@@ -110,9 +110,12 @@ class Checkpoints:
         self.best_mode = best_mode
 
     def due(self, step: int) -> bool:
-        """Whether a save is due after `step`, by steps or by time (monotonic: a clock that jumps changes nothing)."""
-        by_time = self.every_seconds > 0 and time.monotonic() - self._saved_at >= self.every_seconds
-        return by_time or (self.every > 0 and step % self.every == 0)
+        """Whether a save is due after `step`, by steps."""
+        return self.every > 0 and step % self.every == 0
+
+    def late(self) -> bool:
+        """Whether a save is due by time (monotonic: a clock that jumps changes nothing)."""
+        return self.every_seconds > 0 and time.monotonic() - self._saved_at >= self.every_seconds
 
     def latest(self) -> int | None:
         """The newest step on disk."""

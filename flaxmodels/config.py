@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flaxmodels.registry import UserError, suggest
+from flaxmodels.runtime import place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The flags that every command on a config has."""
     flags = argparse.ArgumentParser(
         prog=prog,
+        usage="%(prog)s --config=FILE [--workdir=DIR] [--config.KEY=VALUE ...] [FLAG ...]",
         description=description,
         allow_abbrev=False,
         epilog="Any key of the config: --config.optim.learning_rate=1e-3",
@@ -62,6 +64,7 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     flags = parser(prog, "Train a config; the same command again resumes.")
     flags.add_argument("--allow_config_change", action="store_true", help="resume although the config differs")
     flags.add_argument("--allow_data_change", action="store_true", help="resume although the data differ")
+    place.add_flags(flags)
     return flags
 
 

@@ -21,14 +21,14 @@ from typing import Any, TextIO
 
 import jax
 
-from flaxmodels import metrics, optim, registry, resume, sections, sharding
+from flaxmodels import metrics, optim, registry, resume, sections, sharding, together
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.loading import WORKER
 from flaxmodels.evaluate import StoppedError, evaluate
 from flaxmodels.job import Job, assemble
 from flaxmodels.registry import UserError
 from flaxmodels.resume import Memory
-from flaxmodels.runtime import exits
+from flaxmodels.runtime import agreement, exits, peers
 from flaxmodels.runtime.lock import workdir_lock
 from flaxmodels.runtime.signals import Stop
 from flaxmodels.runtime.stopwatch import Stopwatch
@@ -66,16 +66,19 @@ def fit(
 ) -> Outcome:
     """Train, evaluate and checkpoint what a config says; resume what the workdir holds.
 
+    In a run of several processes all call it alike, after `jax.distributed` has started; see `runtime.distributed`.
+
     Args:
       config: sections "model", "loss", "optim", "data", "mesh", "sharding", "train", "checkpoint", and "seed".
-      workdir: everything is written here.
+      workdir: everything is written here; one folder that all processes see.
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
       allow_data_change: resume although the data are not those that the workdir was trained on.
       devices: to train on; None takes all that there are.
       stream: where to print; None is standard output.
 
     Raises:
-      UserError: bad input of any kind, before the first step.
+      UserError: bad input of any kind, before the first step; or the processes of the run differ.
+      FaultError: another process of the run failed.
     """
     if multiprocessing.current_process().name.startswith(WORKER):
         raise UserError(
@@ -85,33 +88,35 @@ def fit(
     workdir, rows = Path(workdir), sections.resolved(config)
     resolved = {key: value for key, value, _ in rows}
     devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
-    if jax.process_count() > 1:
-        raise UserError(
-            f"this is one of {jax.process_count()} processes: fit does not agree with others on when to save and stop "
-            "yet. Start it without jax.distributed, on one host."
-        )
-    with workdir_lock(workdir):
+    first = together.first()  # that one writes; Orbax saves from all
+    with peers.telling(), workdir_lock(workdir) if first else contextlib.nullcontext():
+        allowed = {"allow_config_change": allow_config_change, "allow_data_change": allow_data_change}
+        together.same_start(workdir, resolved, devices, **allowed)
         resume.same_config(workdir, rows, allow_config_change)
         job = assemble(config, devices)
-        evaluation = _evaluation(job)
+        evaluation, train = _evaluation(job), job.lower_train()
+        together.same_programs(job, {"of the train step": train[0], "of the evaluation": evaluation[0]})
         # From here on there may be something to save; before, a signal simply ends the process.
-        with Stop() as stop, contextlib.closing(_checkpoints(job, workdir)) as checkpoints:
+        with Stop() as stop, contextlib.closing(_checkpoints(job, workdir)) as checkpoints, peers.telling():
             state, memory, changes = resume.start(job, checkpoints, allow_data_change=allow_data_change)
             start = int(state.step)
-            resume.write_config(workdir, resolved)
+            if first:
+                resume.write_config(workdir, resolved)
             with Writers(
                 workdir,
                 total_steps=job.total_steps,
                 start_step=start,
                 examples_per_step=job.train.batch_size,
                 stream=stream,
+                enabled=first,
             ) as writers:
                 resumed = f", resumed at step {start}" if start else ""
                 other = (f"going on with other data: {changes}",) if changes else ()
-                for note in (*job.notes, f"workdir: {workdir}{resumed}", *other):
+                for note in (*together.note(), *job.notes, f"workdir: {workdir}{resumed}", *other):
                     writers.note(note)
                 writers.parameter_table(parameter_rows(job.abstract.params))
-                run = Run(job, checkpoints, writers, stop, memory, resolved, evaluation)
+                decision = agreement.make(stop, checkpoints.late, job.mesh)
+                run = Run(job, checkpoints, writers, decision, memory, resolved, train, evaluation)
                 step = run.begin(state)
                 with contextlib.closing(run.dispatches(step)) as dispatches:
                     for program, step, feed in dispatches:
@@ -159,8 +164,10 @@ def evaluate_checkpoint(
                 f"data {job.source.name!r} is not what the workdir was trained with: {changes}. "
                 "Restore the data, or evaluate on these with --allow_data_change."
             )
+        peers.compare({"checkpoint": {"--step": step}})
+        lowered, names = job.lower_eval()
+        together.same_programs(job, {"of the evaluation": lowered})
         state = checkpoints.restore(step, job.abstract)
-    lowered, names = job.lower_eval()
     params = optim.parameters_average(state.opt_state, state.params)
     return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)
 
@@ -199,9 +206,10 @@ class Run:
       job: what to train.
       checkpoints: where to save.
       writers: where to log.
-      stop: whether a signal came.
+      decision: when to stop, and when to save because of the time; the same in all processes.
       memory: of the restored checkpoint, or new.
       resolved: the config, for the checkpoints.
+      train: of `job.lower_train()`.
       evaluation: of `job.lower_eval()`.
     """
 
@@ -210,16 +218,17 @@ class Run:
         job: Job,
         checkpoints: Checkpoints,
         writers: Writers,
-        stop: Stop,
+        decision: agreement.Alone | agreement.Together,
         memory: Memory,
         resolved: Mapping[str, Any],
+        train: tuple[jax.stages.Lowered, list[str]],
         evaluation: tuple[jax.stages.Lowered, list[str]],
     ) -> None:
-        self.job, self.checkpoints, self.writers, self.stop, self.memory = job, checkpoints, writers, stop, memory
-        self.resolved = dict(resolved)
+        self.job, self.checkpoints, self.writers, self.memory = job, checkpoints, writers, memory
+        self.decision, self.resolved = decision, dict(resolved)
+        self.train_program, self.names = train
         lowered, self.eval_names = evaluation
         self.eval_program, self.norm_program = lowered.compile(), job.lower_norm().compile()
-        self.names: list[str] = []
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
         self._watch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
@@ -240,18 +249,17 @@ class Run:
 
     def dispatches(self, step: int) -> Generator[tuple[Callable[..., Any], int, Any]]:
         """From `step` on: (compiled program, the step it ends at, its feed), till the run is over or a signal comes."""
-        if self.stop or self._finished(step):
+        if self.decision.stop() or self._finished(step):
             return
         job, begun = self.job, time.monotonic()
-        lowered, self.names = job.lower_train()
-        program = lowered.compile()
+        program = self.train_program.compile()
         self.writers.note(f"compiled in {time.monotonic() - begun:.1f} s")
         marks = (job.cadence.eval_every, self.checkpoints.every)
         plan = functools.partial(stretches, step, job.total_steps, job.cadence.steps_per_dispatch, marks)
         self._watch = Stopwatch()
         with contextlib.closing(job.train.dispatches(job.seed, plan(), job.cadence.steps_per_dispatch)) as feeds:
             for (first, count), feed in zip(plan(), self._timed(feeds)):
-                if self.stop or self._finished(first):
+                if self.decision.stop() or self._finished(first):
                     return
                 yield program, first + count, feed
 
@@ -273,7 +281,7 @@ class Run:
         self.writers.progress(step)
         if self._evaluation_due(step):
             self._evaluate(state, step)
-        if self.checkpoints.due(step):
+        if self.decision.late() or self.checkpoints.due(step):
             self._save(state, step)
 
     def end(self, state: TrainState, step: int) -> Outcome:
@@ -290,9 +298,9 @@ class Run:
                 share = f"{others:.2f} s of {seconds:.1f} s, {others / seconds:.1%}"
                 self.writers.note(f"waited for data: {share}; and {first:.2f} s for the first of them")
             self.writers.final(self.evaluation, seconds)
-        elif self.stop.signal is not None:
-            code = exits.SIGNALLED + self.stop.signal
-            name, total = self.stop.signal.name, self.job.total_steps
+        elif (came := self.decision.signal) is not None:
+            code = exits.SIGNALLED + came
+            name, total = came.name, self.job.total_steps
             self.writers.note(f"{name}: saved step {step} of {total}; the same command goes on from there")
         return Outcome(state, step, dict(self.evaluation), finished, code)
 
@@ -360,7 +368,7 @@ class Run:
     def _measure(self, state: TrainState) -> None:
         params = optim.parameters_average(state.opt_state, state.params)
         found, _ = evaluate(
-            self.eval_program, params, state.extra, self.job.test.evaluation(), self.eval_names, lambda: bool(self.stop)
+            self.eval_program, params, state.extra, self.job.test.evaluation(), self.eval_names, self.decision.stop
         )
         norm = float(jax.device_get(self.norm_program(params)))
         self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}

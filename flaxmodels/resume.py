@@ -9,6 +9,7 @@ from typing import Any
 from flaxmodels.checkpoint import Checkpoints, versions
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
+from flaxmodels.runtime import peers
 from flaxmodels.state import TrainState
 
 # Keys that a resumed run may change: they decide when and where things happen, not what is computed. What changes the
@@ -54,6 +55,7 @@ def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False
       UserError: the newest step is beyond the end of the run, does not fit the model, or was trained on other data.
     """
     newest = checkpoints.latest()
+    peers.compare({"checkpoint": {"newest step on disk": newest}})
     if newest is None:
         return job.fresh(), Memory(), ""
     if newest > job.total_steps:

@@ -96,6 +96,22 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninter
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).best() == best
 
 
+@pytest.mark.parametrize("moment", [0.5, -4])
+def test_what_several_processes_decide_resumes_alike(tmp_path, monkeypatch, uninterrupted, moment):
+    """`Together` answers one question late: between dispatches, and within the last evaluation."""
+    rows, whole, polls = uninterrupted
+    polls = int(moment * polls) if isinstance(moment, float) else moment % polls
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Stop", lambda: StopAfter(polls))
+        patch.setattr(loop.agreement, "make", loop.agreement.Together)
+        stopped = fit(resumable_config(), tmp_path)
+        assert stopped.exit_code == 143 and not stopped.finished
+        patch.setattr(loop, "Stop", lambda: StopAfter(10**6))
+        resumed = fit(resumable_config(), tmp_path)
+    assert small.bits(resumed.state) == small.bits(whole.state)
+    assert logged(tmp_path) == rows and resumed.finished == whole.finished
+
+
 def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path):
     fit(small_config(train=dict(duration=10, eval_every=5)), tmp_path)
     longer = small_config(train=dict(duration=20, eval_every=5))

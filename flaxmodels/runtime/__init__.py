@@ -1,1 +1,1 @@
-"""Processes: signals, the lock on a workdir, exit codes."""
+"""Processes: several of one run, signals, the lock on a workdir, exit codes."""

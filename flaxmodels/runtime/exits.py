@@ -8,6 +8,7 @@ import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 from absl import logging
 
@@ -54,18 +55,42 @@ def reported(main: Callable[[], int], *, debug: bool) -> int:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what we ask for on purpose
     try:
         return main()
-    except (UserError, FaultError) as error:
-        if debug:
-            traceback.print_exc()
-        known = isinstance(error, UserError)  # to which JAX adds a note on its own frames, if it comes up while tracing
-        notes = [] if known else getattr(error, "__notes__", [])
-        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
-        return BAD_INPUT if known else FAULT
-    except BrokenPipeError:  # who reads our output has seen enough
+    except (UserError, FaultError, BrokenPipeError, KeyboardInterrupt) as error:
+        return _told(error, debug=debug)
+
+
+def code_of(error: BaseException) -> int:
+    """The exit code of a process that ends with `error`."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else FAULT
+    codes = {UserError: BAD_INPUT, BrokenPipeError: SIGNALLED + signal.SIGPIPE, KeyboardInterrupt: INTERRUPTED}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), FAULT)
+
+
+def _told(error: BaseException, *, debug: bool) -> int:
+    """Print what a user should see of an error that is known; its exit code."""
+    if isinstance(error, BrokenPipeError):  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return SIGNALLED + signal.SIGPIPE
-    except KeyboardInterrupt:
-        if debug:
-            traceback.print_exc()
+        return code_of(error)
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt):
         print(_INTERRUPTED, file=sys.stderr)
-        return INTERRUPTED
+    else:
+        # JAX adds a note on its own frames to a UserError that comes up while tracing.
+        notes = [] if isinstance(error, UserError) else getattr(error, "__notes__", [])
+        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+    return code_of(error)
+
+
+def leave(error: BaseException, *, debug: bool) -> NoReturn:
+    """End the process with `error` at once, from any thread, without waiting for anyone; as `reported` would end it."""
+    if isinstance(error, UserError | FaultError | BrokenPipeError | KeyboardInterrupt):
+        _told(error, debug=debug)
+    elif not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stdout.isatty():
+            sys.stdout.write("\x1b[?25h")  # the cursor, which a live line hides
+        sys.stdout.flush()
+    os._exit(code_of(error))

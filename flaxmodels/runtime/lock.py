@@ -11,6 +11,8 @@ from pathlib import Path
 
 from flaxmodels.registry import UserError
 
+LOCK = ".lock"  # JSON: who holds it
+
 
 @contextlib.contextmanager
 def workdir_lock(workdir: Path) -> Iterator[None]:
@@ -24,7 +26,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / ".lock").open("a+")
+        file = (workdir / LOCK).open("a+")
     except OSError as error:
         raise UserError(f"--workdir={str(workdir)!r} can't be written: {error.strerror}. Choose another.") from error
     with file:
@@ -44,8 +46,8 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            if made and [entry.name for entry in workdir.iterdir()] == [".lock"]:
-                (workdir / ".lock").unlink()
+            if made and [entry.name for entry in workdir.iterdir()] == [LOCK]:
+                (workdir / LOCK).unlink()
                 with contextlib.suppress(OSError):  # something else came to lie there
                     for folder in made:
                         folder.rmdir()
@@ -54,7 +56,7 @@ def workdir_lock(workdir: Path) -> Iterator[None]:
 
 def _owner(workdir: Path) -> str:
     try:
-        owner = json.loads((workdir / ".lock").read_text())
+        owner = json.loads((workdir / LOCK).read_text())
         return f"pid {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError):  # it took the lock a moment ago and has not written its name yet
         return "it has just started"
