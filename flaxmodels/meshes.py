@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from flaxmodels import hardware
 from flaxmodels.registry import Positive, UserError
 
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -119,6 +120,7 @@ def slices(devices: Sequence[jax.Device], num_slices: int | None = None) -> list
 
 def find_devices(platform: str | None = None) -> list[jax.Device]:
     """All devices of a kind; None: of the best kind there is. UserError if there are none."""
+    hardware.quiet_libtpu()
     try:
         return jax.devices(platform)
     except (RuntimeError, AssertionError) as error:  # the second, bare, where the CUDA plugin is not installed

@@ -13,12 +13,14 @@ import pytest
 import small
 from conftest import ROOT
 
-from flaxmodels import loop
+from flaxmodels import hardware, loop
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data import order
-from flaxmodels.data.feed import _columns
+from flaxmodels.data.feed import _columns, choose
+from flaxmodels.data.synthetic import synthetic_images
 from flaxmodels.job import assemble
 from flaxmodels.registry import UserError
+from flaxmodels.sharding import make_mesh
 
 SIZE, BATCH = 2133, 32
 STEPS = 200  # a little over three epochs
@@ -395,3 +397,12 @@ def test_nothing_readable_is_an_error(tmp_path):
     config = stored(placement="disk", unreadable=tuple(range(SIZE)))
     with pytest.raises(UserError, match="not one example could be read"):
         loop.fit(config, tmp_path, stream=io.StringIO())
+
+
+@pytest.mark.parametrize(("memory", "place"), [(None, "device"), (20.1, "device"), (19.9, "host")])
+def test_data_take_a_twentieth_of_a_device(monkeypatch, memory, place):
+    """Whatever says how large it is: a device that is there, or a table for one that is only compiled for."""
+    source = synthetic_images(examples=64)
+    monkeypatch.setattr(hardware, "memory", lambda _: memory and memory * source.nbytes)
+    where, why = choose("auto", source, make_mesh())
+    assert where == place and f"{source.nbytes / 2**20:.1f} MiB are {'within' if place == 'device' else 'over'}" in why

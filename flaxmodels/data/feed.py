@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmodels import sharding
+from flaxmodels import hardware, sharding
 from flaxmodels.data import host_augment, order
 from flaxmodels.data.loading import Loading, stream
 from flaxmodels.data.split import SKIP, Batch, Rows, Source, Split
@@ -66,9 +66,8 @@ def choose(asked: Placement, source: Source, mesh: Mesh, *, on_host: str = "") -
     elsewhere: Placement = "disk" if stored else "host"
     if on_host:
         return elsewhere, f"data on the {elsewhere}: {on_host} needs it there"
-    device = mesh.local_devices[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    limit = min(RESIDENT_BYTES, RESIDENT_SHARE * (stats or {}).get("bytes_limit", RESIDENT_BYTES / RESIDENT_SHARE))
+    memory = hardware.memory(mesh.devices.flat[0])
+    limit = min(RESIDENT_BYTES, RESIDENT_SHARE * memory) if memory else RESIDENT_BYTES
     fits = source.nbytes <= limit
     where: Placement = "device" if fits else elsewhere
     relation = "within" if fits else "over"

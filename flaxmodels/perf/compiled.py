@@ -1,0 +1,267 @@
+"""What a compiled step needs: memory of a device by class, and what its devices say to each other.
+
+Read `report`. It works on a step that was compiled for devices that are not there (`topologies`) as on one that runs.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxmodels import hardware, sharding
+from flaxmodels.config import load_config
+from flaxmodels.console import human_bytes
+from flaxmodels.job import Job, assemble
+from flaxmodels.perf import collectives, topologies
+from flaxmodels.perf.collectives import TRANSFER, Groups
+from flaxmodels.registry import UserError
+from flaxmodels.runtime.exits import FaultError
+
+
+class DoesNotFitError(UserError):
+    """A program needs more memory than its devices have.
+
+    Attributes:
+      needed: bytes of one device, as the compiler counts them; None where it does not say.
+      limit: bytes that one device has; None where the compiler does not say.
+    """
+
+    def __init__(self, message: str, needed: int | None, limit: int | None) -> None:
+        super().__init__(message)
+        self.needed, self.limit = needed, limit
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. The first five are as the shardings say; the others as the compiler does.
+
+    Attributes:
+      parameters: of the model.
+      optimizer: the state of the optimizer.
+      other: of the state, such as BatchNorm's statistics, and the step.
+      batch: what the steps of a dispatch are given.
+      data: the data set, where it lives on the device.
+      temporaries: activations, gradients, buffers of collectives.
+      outputs: results that take no donated memory.
+      donated: results that take the place of arguments.
+      peak: the most that is in use at a time; arguments, outputs and temporaries.
+      limit: what a program may use; None where nothing says, as on a CPU.
+    """
+
+    parameters: int
+    optimizer: int
+    other: int
+    batch: int
+    data: int
+    temporaries: int
+    outputs: int
+    donated: int
+    peak: int
+    limit: int | None
+
+    @property
+    def state(self) -> int:
+        """Bytes of the train state."""
+        return self.parameters + self.optimizer + self.other
+
+    @property
+    def state_is_donated(self) -> bool:
+        """Whether the new state takes the place of the old one, so that there are never two."""
+        return self.donated >= self.state
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """All collectives of a step of one kind along the same axes.
+
+    Attributes:
+      kind: see `collectives.Collective`.
+      axes: of the mesh, between whose devices it is; () where the program does not tell.
+      whole: whether all devices of these axes take part together, and not a few at a time.
+      count: runs in a step.
+      bytes: of one device in a step, all runs together, as `collectives.Collective.bytes` counts them.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    whole: bool
+    count: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `report` found.
+
+    Attributes:
+      devices: the mesh, in words.
+      memory: of one device.
+      collectives: of one step, largest first.
+      notes: sentences on what is not certain.
+    """
+
+    devices: str
+    memory: Memory
+    collectives: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """All of it for a terminal."""
+        memory, limit = self.memory, self.memory.limit
+        fields = [field.name for field in dataclasses.fields(Memory)][:7]
+        names = {"other": "other state", "optimizer": "optimizer state", "data": "data set", "outputs": "new outputs"}
+        rows = [(names.get(name, name), getattr(memory, name)) for name in fields if getattr(memory, name)]
+        of = "" if limit is None else f" of {human_bytes(limit)}: {'fits' if memory.peak <= limit else 'does not fit'}"
+        kept = "donated: one copy at a time" if memory.state_is_donated else "NOT donated: two copies while a step runs"
+        return [
+            f"{self.devices}; bytes of one device",
+            *(f"  {name:<24}{human_bytes(size):>11}" for name, size in rows),
+            f"  {'most at a time':<24}{human_bytes(memory.peak):>11}{of}",
+            f"  the state, {human_bytes(memory.state)}, is {kept}",
+            f"collectives of one step: {'whole buffers, and how often' if self.collectives else 'none'}",
+            *(
+                f"  {row.kind:<24}{human_bytes(row.bytes):>11}{row.count:>7} x  {_along(row)}"
+                for row in self.collectives
+            ),
+            *self.notes,
+        ]
+
+
+def show(config: str | Path, topology: str, num_slices: int = 1) -> None:
+    """Compile the train step of a config file for a TPU slice that is not there, and print the report.
+
+    Raises:
+      UserError: the config is wrong, there is no such slice, or the step does not fit (`DoesNotFitError`).
+    """
+    job = assemble(load_config(Path(config)), topologies.devices(topology, num_slices))
+    print("\n".join(job.notes), flush=True)
+    program, seconds = compile_program(job.lower_train()[0], job.mesh)
+    print("\n".join([f"compiled in {seconds:.0f} s", *report(program, job).lines()]))
+
+
+def compile_program(lowered: jax.stages.Lowered, devices: Mesh) -> tuple[jax.stages.Compiled, float]:
+    """Compile, on these devices or for them; returns the program, and the seconds it took.
+
+    Raises:
+      DoesNotFitError: the compiler knows that it needs more memory than a device has. That of TPUs does.
+    """
+    started = time.perf_counter()
+    there = bool(devices.devices.flat[0].client.local_devices())
+    try:
+        with contextlib.nullcontext() if there else _uncached():
+            program = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _too_large(str(error), devices) from error
+    return program, time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """JAX's cache of compiled programs stores those for a topology, and then can't read them: it warns each time."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, math.inf)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Error reading persistent compilation cache")
+            yield
+    finally:
+        jax.config.update(name, before)
+
+
+def _too_large(reason: str, devices: Mesh) -> DoesNotFitError:
+    # "... (20.00G) exceeds available HBM (15.75G)", or "Used 20.00G of 15.75G hbm".
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", reason)
+    needed, limit = None, hardware.memory(devices.devices.flat[0])
+    said = reason.splitlines()[0]
+    if found:
+        parts = [part for part in found.groups() if part]
+        needed, limit = (int(float(n) * 1024 ** (1 + "KMGT".index(unit))) for n, unit in zip(parts[::2], parts[1::2]))
+        said = f"it needs {human_bytes(needed)} on each, which has {human_bytes(limit)}"
+    return DoesNotFitError(
+        f"the program does not fit on {sharding.describe(devices)}: {said}.\n"
+        "Use more devices with mesh.fsdp, a smaller data.batch_size, or train.microbatches; a transformer also has "
+        "model.remat, and loss.chunks for its logits.",
+        needed,
+        limit,
+    )
+
+
+def report(compiled: jax.stages.Compiled, job: Job) -> Report:
+    """Of the compiled train step of a job: `job.lower_train()[0].compile()`, or `compile_program` of the same.
+
+    Raises:
+      FaultError: the compiler of these devices does not say what memory a program takes.
+    """
+    found = compiled.memory_analysis()
+    if found is None:
+        raise FaultError(f"the compiler for {sharding.describe(job.mesh)} does not say what memory a program takes.")
+    feed = job.train.abstract_dispatch(job.cadence.steps_per_dispatch)
+    state = job.abstract
+    limit = hardware.memory(job.mesh.devices.flat[0])
+    taken = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    memory = Memory(
+        parameters=on_a_device(state.params),
+        optimizer=on_a_device(state.opt_state),
+        other=on_a_device((state.step, state.extra)),
+        batch=on_a_device({key: value for key, value in feed.items() if key != "every"}),
+        data=on_a_device(feed["every"]),
+        temporaries=found.temp_size_in_bytes,
+        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+        donated=found.alias_size_in_bytes,
+        # The compiler for CPUs leaves the temporaries out. That for TPUs knows how far they share memory.
+        peak=taken + found.temp_size_in_bytes if limit is None else found.peak_memory_in_bytes,
+        limit=limit,
+    )
+    rows, notes = _collectives(compiled, job.mesh)
+    return Report(sharding.describe(job.mesh), memory, rows, notes)
+
+
+def on_a_device(tree: Any) -> int:
+    """Bytes of one device of arrays, or `jax.ShapeDtypeStruct`, with shardings; without the padding of their layout."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> tuple[tuple[Row, ...], tuple[str, ...]]:
+    try:
+        found, notes = collectives.collectives(compiled.as_text() or "")
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, KeyError, IndexError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return (), (f"the collectives can't be told: the text of the program can't be read ({reason})",)
+    total: dict[tuple[str, tuple[str, ...], bool], tuple[int, int]] = {}
+    for one in found:
+        axes, whole = along(one.groups, mesh)
+        if one.groups and not axes:  # each device by itself: nothing is sent
+            continue
+        count, size = total.get((one.kind, axes, whole), (0, 0))
+        total[one.kind, axes, whole] = (count + one.count, size + one.count * one.bytes)
+    rows = [Row(*key, count, size) for key, (count, size) in total.items()]
+    return tuple(sorted(rows, key=lambda row: -row.bytes)), tuple(notes)
+
+
+def along(groups: Groups, mesh: Mesh) -> tuple[tuple[str, ...], bool]:
+    """The axes of a mesh that groups of devices (positions in it) extend along, and whether over all of each."""
+    if not groups:
+        return (), True
+    places = np.stack(np.unravel_index(np.asarray(max(groups, key=len)), mesh.devices.shape))
+    axes = [name for name, place in zip(mesh.axis_names, places) if len(set(place.tolist())) > 1]
+    return tuple(axes), len(places[0]) == math.prod(mesh.shape[name] for name in axes)
+
+
+def _along(row: Row) -> str:
+    names = " x ".join(row.axes)
+    if not names:
+        return "" if row.kind == TRANSFER else "along ?"
+    return f"along {names}" if row.whole else f"along parts of {names}"
