@@ -15,15 +15,31 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from flaxmodels import data, losses, metrics, models, optim, registry, sections, sharding, state, step
+from flaxmodels import (
+    data,
+    hardware,
+    losses,
+    metrics,
+    models,
+    optim,
+    precision,
+    registry,
+    sections,
+    sharding,
+    state,
+    step,
+)
 from flaxmodels.data import augment, host_augment
 from flaxmodels.data.feed import Feed, choose
 from flaxmodels.data.order import ORDER_VERSION
 from flaxmodels.data.split import Source
 from flaxmodels.durations import Clock, parse
+from flaxmodels.filling import fill
+from flaxmodels.precision import Policy
 from flaxmodels.registry import UserError
 from flaxmodels.sections import Cadence
 from flaxmodels.state import TrainState
+from flaxmodels.step import Gradient, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +50,7 @@ class Job:
       config: checked, with durations as written.
       source: the data.
       model: a Linen module.
+      policy: the precision.
       tx: the optimizer.
       schedule: step -> learning rate.
       losses: (to train with, to evaluate with).
@@ -51,6 +68,7 @@ class Job:
     config: dict[str, Any]
     source: Source
     model: nn.Module
+    policy: Policy
     tx: optax.GradientTransformation
     schedule: Callable[[Any], jax.Array]
     losses: tuple[losses.Loss, losses.Loss]
@@ -93,13 +111,10 @@ class Job:
             "order version": ORDER_VERSION,
         }
 
-    def lower_train(self) -> tuple[jax.stages.Lowered, list[str]]:
-        """The train step, lowered, donating its state; and the names of the packed metrics it returns.
-
-        The program is (state, feed of `step.repeated`) -> (state, (steps of a dispatch, names, 2) float32).
-        """
-        gradient = step.make_gradient(step.make_apply(self.model), self.losses[0])
-        gradient = step.accumulated(gradient, self.cadence.microbatches)
+    def update(self, around: Callable[[Gradient], Gradient] = lambda gradient: gradient) -> tuple[Step, list[str]]:
+        """The program of `lower_train` with `around` its gradient; and, once it is traced, the names of its metrics."""
+        gradient = step.make_gradient(step.make_apply(self.model, self.policy), self.losses[0])
+        gradient = around(step.accumulated(gradient, self.cadence.microbatches))
         update = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
         names: list[str] = []
 
@@ -108,16 +123,26 @@ class Job:
             names[:] = sorted(found)
             return state, metrics.pack(found)
 
-        most = self.cadence.steps_per_dispatch
-        feed = self.train.abstract_dispatch(most)
+        return step.repeated(packed, self.cadence.steps_per_dispatch), names
+
+    def lower_train(self) -> tuple[jax.stages.Lowered, list[str]]:
+        """The train step, lowered, donating its state; and the names of the packed metrics it returns.
+
+        The program is (state, feed of `step.repeated`) -> (state, (steps of a dispatch, names, 2) float32).
+
+        Raises:
+          UserError: the compiler would get its gradients wrong on this mesh.
+        """
+        program, names = self.update()
+        feed = self.train.abstract_dispatch(self.cadence.steps_per_dispatch)
         places = (jax.tree.map(lambda x: x.sharding, self.abstract), sharding.replicated(self.mesh))
-        program = step.repeated(packed, most)
         lowered = step.compile_step(program, self.abstract, feed, mesh=self.mesh, out_shardings=places, donate=(0,))
+        sharding.check_program(self.mesh, lowered)
         return lowered, names
 
     def lower_eval(self) -> tuple[jax.stages.Lowered, list[str]]:
         """The evaluation step, lowered: (params, extra, each, every) -> packed metrics; and their names."""
-        apply, names = step.make_apply(self.model), list[str]()
+        apply, names = step.make_apply(self.model, self.policy), list[str]()
 
         def packed(params: Any, extra: Any, each: Any, every: Any) -> jax.Array:
             found = step.eval_step(params, extra, self.test.batch(each, every), apply=apply, loss=self.losses[1])
@@ -148,37 +173,59 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
       UserError: bad input of any kind, found before anything is computed.
     """
     written = sections.check(config, lambda text, where: parse(text, where) and text)
-    mesh = sharding.make_mesh(**written["mesh"], devices=devices)
+    devices = sharding.find_devices(written["mesh"].get("platform")) if devices is None else devices
+    if asked := _asked(written):  # before the data are read: what is wrong with the axes is said at once
+        _check_batches(sharding.make_mesh(**written["mesh"], devices=devices), written)
+    policy = precision.policy(**written["precision"], platform=devices[0].platform)
     batching, options = sections.split_data(written["data"])
-    sharding.check_batch(mesh, batching["batch_size"])
-    sharding.check_batch(mesh, batching["eval_batch_size"], "data.eval_batch_size")
     source = data.load(**options)
     clock = Clock(batching["batch_size"], source.train.size, source.tokens_per_example)
     checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
     _check_targets(source, checked["loss"])
     cadence = Cadence(**checked["train"])
-    _check_microbatches(mesh, batching["batch_size"], cadence.microbatches)
-    model = models.build(**_fill(checked["model"], source))
+    model = models.build(
+        **fill(
+            checked["model"], source, precision=written["precision"], compute=policy.compute,
+            chunks=checked["loss"].get("chunks", 1),
+        )
+    )  # fmt: skip
     tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
+    axes, why = ({}, "") if asked else _automatic(model, tx, source, written, policy, devices)
+    mesh = sharding.make_mesh(**written["mesh"] | axes, devices=devices)
+    _check_batches(mesh, written)
     source, train, test, placed = _feeds(source, mesh, batching)
     augmented = augment.make(batching["augment"], seed=written["seed"], facts=source.facts)
     index = jax.ShapeDtypeStruct((train.batch_size,), "int32")
     jax.eval_shape(augmented, train.example(), index, jax.ShapeDtypeStruct((), "int32"))  # does it fit the data?
     rules = sections.rules(**checked["sharding"])
     with bad_fit():
-        fresh, abstract = state.init(model, tx, train.example()["inputs"], written["seed"], mesh, rules)
+        fresh, abstract = state.init(
+            model, tx, train.example()["inputs"], written["seed"], mesh, rules, param_dtype=policy.param
+        )
     if not jax.tree.leaves(abstract.params):
         raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
-    whole = sharding.replicated_report(abstract.params)
+    whole = sharding.replicated_report(abstract.params, rules=rules)
+    whole += sharding.padding_report(abstract.params, rules=rules, fields=registry.parameters([type(model)]))
     cut = [part["texts cut"] for part in _transforms(source) if "texts cut" in part]
     lost = (f"texts longer than data.length, which lose their ends: {', '.join(cut)}",) if cut else ()
     return Job(
-        config=written, source=source, model=model, tx=tx, schedule=schedule, mesh=mesh, train=train, test=test,
+        config=written, source=source, model=model, policy=policy, tx=tx, schedule=schedule, mesh=mesh, train=train,
+        test=test,
         augment=augmented,
         losses=losses.make(**checked["loss"], **_token_bytes(checked["loss"], source)), cadence=cadence,
         checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
-        notes=(f"mesh: {sharding.describe(mesh)}", placed, *lost, *whole),
+        notes=(
+            f"mesh: {sharding.describe(mesh, written['mesh'].get('num_slices'))}{why}",
+            *_chosen(policy, model, mesh, train.example()["inputs"]), placed, *lost, *whole,
+        ),
     )  # fmt: skip
+
+
+# Modules that raise a ValueError on purpose, and the section of a config that it is about.
+OURS = {
+    "flaxmodels.models": "model", "flaxmodels.attention": "model", "flaxmodels.splash": "model",
+    "flaxmodels.ring": "model", "flaxmodels.losses": "loss", "flaxmodels.chunked": "loss",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -192,7 +239,7 @@ def bad_fit() -> Iterator[None]:
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         where = ".".join(frame.f_globals.get("__name__", "").split(".")[:2])
-        section = {"flaxmodels.models": "model", "flaxmodels.losses": "loss"}.get(where)
+        section = OURS.get(where)
         if isinstance(error, UserError) or section is None:
             raise
         raise UserError(f"{section}: {error}\nCheck that {section}.name and its options fit data.name.") from error
@@ -239,12 +286,63 @@ def _check_targets(source: Source, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_microbatches(mesh: Mesh, batch_size: int, microbatches: int) -> None:
-    if batch_size % microbatches:
-        raise UserError(
-            f"train.microbatches={microbatches} does not divide data.batch_size={batch_size}: choose one that does."
-        )
-    sharding.check_batch(mesh, batch_size // microbatches, "data.batch_size / train.microbatches")
+def _asked(written: Mapping[str, Any]) -> bool:
+    """Whether the config says how the devices are used."""
+    return any(axis in written["mesh"] for axis in sharding.AXES)
+
+
+def _automatic(
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    source: Source,
+    written: Mapping[str, Any],
+    policy: Policy,
+    devices: Sequence[jax.Device],
+) -> tuple[dict[str, int], str]:
+    """Axes for the size of the state and the memory of the devices; and why, for the log."""
+    if len(devices) == 1:
+        return {}, ""
+    memory, params, held = hardware.memory(devices[0]), None, 0
+    if memory is not None:  # elsewhere nothing depends on the size, and tracing a model takes its time
+        batch = Feed(source.train, sharding.make_mesh(devices=devices[:1]), 1, resident=False).example()
+        with bad_fit():
+            shapes = jax.eval_shape(
+                partial(state.create, model, tx, param_dtype=policy.param), batch["inputs"], written["seed"]
+            )
+        params, held = shapes.params, _bytes(shapes)
+    axes, why = sharding.automatic(
+        devices, state_bytes=held, gradient_bytes=_bytes(params), memory=memory,
+        batch_sizes=tuple(_batch_sizes(written).values()), num_slices=written["mesh"].get("num_slices"),
+        tensor_sizes=params and sharding.tensor_sizes(params),
+    )  # fmt: skip
+    return axes, f" ({why})"
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _batch_sizes(written: Mapping[str, Any]) -> dict[str, int]:
+    """What a mesh must divide, by name."""
+    batching, parts = sections.split_data(written["data"])[0], written["train"].get("microbatches", 1)
+    size = batching["batch_size"]
+    if size % parts:
+        raise UserError(f"train.microbatches={parts} does not divide data.batch_size={size}: choose one that does.")
+    micro = {"data.batch_size / train.microbatches": size // parts} if parts > 1 else {}
+    return {"data.batch_size": size, "data.eval_batch_size": batching["eval_batch_size"], **micro}
+
+
+def _check_batches(mesh: Mesh, written: Mapping[str, Any]) -> None:
+    for where, size in _batch_sizes(written).items():
+        sharding.check_batch(mesh, size, where)
+
+
+def _chosen(policy: Policy, model: nn.Module, mesh: Mesh, inputs: Any) -> tuple[str, ...]:
+    """What was chosen for the devices, for the log."""
+    lower = {policy.param, policy.compute, policy.output} != {"float32"}
+    said = (f"precision: {policy}",) if lower else ()
+    with bad_fit():
+        return (*said, *(model.chosen(mesh, inputs) if hasattr(model, "chosen") else ()))
 
 
 def _total(written: Mapping[str, Any], clock: Clock) -> int:
@@ -259,22 +357,3 @@ def _token_bytes(options: Mapping[str, Any], source: Source) -> dict[str, Any]:
     """Bytes of each token, for a loss that asks for them."""
     asked = "token_bytes" in registry.parameters(sections.loss_functions(options))
     return {"token_bytes": source.token_bytes} if asked else {}
-
-
-def _fill(options: dict[str, Any], source: Source) -> dict[str, Any]:
-    """Model fields that the data knows: set where the config leaves them out, checked where it does not."""
-    fields = registry.parameters([sections.model_class(options)])
-    for key, value in source.facts.items():
-        if key in fields and options.setdefault(key, value) < value:
-            raise UserError(
-                f"model.{key}={options[key]} is too small: data {source.name!r} has {key}={value}. "
-                "Leave it out to take it from the data."
-            )
-    for key in sections.SECTIONS["model"].filled:
-        if key in fields and fields[key].default is fields[key].empty and key not in options:
-            knows = ", ".join(f"{name}={value}" for name, value in source.facts.items()) or "nothing of the kind"
-            raise UserError(
-                f"model.{key} is not set, and data {source.name!r} does not tell: it knows {knows}. "
-                f"Is model.name={options['name']!r} for such data? If so, set --config.model.{key}=NUMBER."
-            )
-    return options

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from flaxmodels import data, losses, models, optim, registry, sharding
+from flaxmodels import data, losses, models, optim, precision, registry, sharding
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.feed import Placement
 from flaxmodels.data.loading import Loading
@@ -131,6 +131,7 @@ SECTIONS: Mapping[str, Section] = {
     "data": Section(lambda options: [data.load, _named(data.SOURCES, options, "data"), batching]),
     "mesh": Section(lambda _: [sharding.make_mesh], provided=("devices",)),
     "sharding": Section(lambda _: [rules]),
+    "precision": Section(lambda _: [precision.policy], provided=("platform",)),
     "train": Section(lambda _: [Cadence]),
     "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode", "read_only")),
 }
@@ -149,7 +150,7 @@ def check(config: Mapping[str, Any], convert: Convert) -> dict[str, Any]:
     Raises:
       UserError: naming the first key that is unknown, missing, of a wrong type or out of range.
     """
-    given = registry.plain(config)
+    given = _spelled(config)
     for key, value in given.items():
         if key not in (*SECTIONS, "seed"):
             raise UserError(f"{key}={value!r}: unknown section. {registry.suggest(key, (*SECTIONS, 'seed'))}")
@@ -163,6 +164,12 @@ def check(config: Mapping[str, Any], convert: Convert) -> dict[str, Any]:
             functions, options, where=name, provided=section.provided, optional=section.filled, convert=convert
         )
     return checked
+
+
+def _spelled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as plain data; `mesh: auto` is the same as no word on the mesh."""
+    given = dict(registry.plain(config))
+    return {**given, "mesh": {}} if given.get("mesh") == "auto" else given
 
 
 def split_data(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -188,7 +195,7 @@ def resolved(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> list[
       UserError: as `check`.
     """
     checked = check(config, lambda text, where: parse(text, where) and text)
-    given = registry.plain(config)
+    given = _spelled(config)
     rows = [("seed", checked["seed"], "config" if "seed" in given else "default")]
     for name, section in SECTIONS.items():
         options = checked[name]

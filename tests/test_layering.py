@@ -16,13 +16,16 @@ PACKAGE = ROOT / "flaxmodels"
 # flaxmodels/data. A new module needs a place here.
 LAYERS = (
     ("version",),
-    ("registry",),
-    ("durations", "metrics", "models", "optim", "sharding", "runtime", "console"),
+    ("registry", "hardware"),
+    ("precision", "schedules", "meshes", "ring"),
+    ("durations", "metrics", "attention", "models", "optim", "sharding", "runtime", "console"),
+    ("chunked",),
     ("losses", "state", "curves", "config"),
     ("step", "data", "evaluate", "checkpoint", "writers"),
     ("sections",),
+    ("filling",),
     ("job",),
-    ("resume",),
+    ("resume", "together"),
     ("loop",),
     ("perf", "verify", "inference"),
     ("looking",),
@@ -30,7 +33,7 @@ LAYERS = (
     ("__main__", "train.py"),
 )
 # These stand on the ground: they take plain arguments, never a config, and know nothing of who calls them.
-GROUND = ("models", "losses", "metrics", "optim", "sharding")
+GROUND = ("attention", "models", "chunked", "losses", "metrics", "optim", "precision", "sharding")
 UPPER = ("config", "data", "sections", "job", "loop", "checkpoint", "evaluate", "writers", "step", "state", "cli")
 
 
