@@ -8,7 +8,7 @@ the line below.
 
 It has not run on a TPU; what is known without one:
 
-    python -c "from flaxmodels.perf import compiled; compiled.show('configs/llama3_8b.py', 'v5p:4x4x4')"
+    flaxmodels shardings --config=configs/llama3_8b.py --topology=v5p:4x4x4 --compile
 
 Compiled for v5p:4x4x4 on 2 cores of an AMD EPYC that were shared with other work (95 s of processor time) in 245 s: of
 the state, 89.7 GiB, each chip holds a sixteenth, 5.6 GiB, and it is donated; temporaries are 55.2 GiB, and share some

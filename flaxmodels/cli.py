@@ -194,9 +194,9 @@ def _verify_mesh(argv: Sequence[str]) -> int:
     parser = config.parser(
         "flaxmodels verify mesh", "Train a config on simulated devices, split in every way; compare."
     )
-    parser.add_argument("--steps", type=_count, default=20, help="to train each way (default: 20)")
+    parser.add_argument("--steps", type=_number, default=20, help="to train each way (default: 20)")
     parser.add_argument("--tolerance", type=float, default=2e-5, help="relative, of loss and gradient norm (2e-5)")
-    parser.add_argument("--devices", type=_count, default=8, help="simulated, a power of two (default: 8)")
+    parser.add_argument("--devices", type=_number, default=8, help="simulated, a power of two (default: 8)")
     parser.add_argument("--accumulation", type=_counts, default=(1, 4), metavar="N,N", help="microbatches (1,4)")
     meshes.simulated(parser.parse_known_args(argv)[0].devices)  # before a config file makes JAX start
     flags = config.parse(parser, argv)
@@ -220,18 +220,19 @@ PROOFS: Mapping[str, Callable[[Sequence[str]], int]] = {"mesh": _verify_mesh}
 def rehearse(argv: Sequence[str]) -> int:
     """Rehearse several hosts: real processes of this machine train, save and resume a config."""
     with exits.importing():
+        from flaxmodels import sections
         from flaxmodels.verify import rehearse as rehearsal
 
     whole, own = config.parser("flaxmodels rehearse", rehearse.__doc__ or ""), argparse.ArgumentParser(add_help=False)
     for parser in (whole, own):
-        parser.add_argument("--hosts", type=_count, default=4, help="processes (default: 4)")
-        parser.add_argument("--devices_per_host", type=_count, default=2, help="simulated (default: 2)")
-        parser.add_argument("--steps", type=_count, default=6, help="of the whole run, even (default: 6)")
+        parser.add_argument("--hosts", type=_number, default=4, help="processes (default: 4)")
+        parser.add_argument("--devices_per_host", type=_number, default=2, help="simulated (default: 2)")
+        parser.add_argument("--steps", type=_number, default=6, help="of the whole run, even (default: 6)")
         parser.add_argument("--limit", type=float, default=180.0, metavar="S", help="for each phase (180 seconds)")
         parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for all that is written")
     given = any(word.partition("=")[0] == "--config" for word in argv)
     words = [*argv] if given else ["--config=configs/digits_mlp.py", *argv]
-    config.parse(whole, words)  # what is wrong with it is said here, once
+    sections.resolved(config.parse(whole, words).config)  # what is wrong with it is said here, once
     asked, arguments = own.parse_known_args(words)
     lines = rehearsal.run(
         arguments,
@@ -252,7 +253,7 @@ def _say(text: str) -> None:
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(map(_count, text.split(",")))
+    return tuple(map(_number, text.split(",")))
 
 
 def _number(text: str) -> int:

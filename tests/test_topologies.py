@@ -12,7 +12,7 @@ from conftest import ROOT
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxmodels import hardware, job, sharding
+from flaxmodels import cli, hardware, job, sharding
 from flaxmodels.config import load_config
 from flaxmodels.perf import compiled, topologies
 from flaxmodels.registry import UserError
@@ -183,7 +183,7 @@ def test_the_state_of_a_large_config_is_split_evenly(name, topology):
 @libtpu
 @pytest.mark.slow
 def test_a_config_file_is_compiled_and_shown(capsys):
-    compiled.show(ROOT / "configs" / "digits_mlp.py", "v5e:2x2")
+    assert cli.main(["shardings", f"--config={ROOT}/configs/digits_mlp.py", "--topology=v5e:2x2", "--compile"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"compiled in \d+ s\n4 x TPU v5 lite: data=4; bytes of one device\n", said)
     assert "of 15.8 GiB: fits" in said and re.search(r"all-reduce .* x  along data", said)

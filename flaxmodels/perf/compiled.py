@@ -10,7 +10,6 @@ import re
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxmodels import hardware, sharding
-from flaxmodels.config import load_config
 from flaxmodels.console import human_bytes
-from flaxmodels.job import Job, assemble
-from flaxmodels.perf import collectives, topologies
+from flaxmodels.job import Job
+from flaxmodels.perf import collectives
 from flaxmodels.perf.collectives import TRANSFER, Groups
 from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
@@ -134,18 +132,6 @@ class Report:
             ),
             *self.notes,
         ]
-
-
-def show(config: str | Path, topology: str, num_slices: int = 1) -> None:
-    """Compile the train step of a config file for a TPU slice that is not there, and print the report.
-
-    Raises:
-      UserError: the config is wrong, there is no such slice, or the step does not fit (`DoesNotFitError`).
-    """
-    job = assemble(load_config(Path(config)), topologies.devices(topology, num_slices))
-    print("\n".join(job.notes), flush=True)
-    program, seconds = compile_program(job.lower_train()[0], job.mesh)
-    print("\n".join([f"compiled in {seconds:.0f} s", *report(program, job).lines()]))
 
 
 def compile_program(lowered: jax.stages.Lowered, devices: Mesh) -> tuple[jax.stages.Compiled, float]:

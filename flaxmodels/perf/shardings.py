@@ -113,8 +113,9 @@ def report(job: Job, *, compile: bool = False) -> tuple[Report, list[str]]:
     said, found = [*warned(job, lowered), *(f"of the train state, {text[0].lower()}{text[1:]}" for text in unused)], []
     if compile:
         try:
-            looked = compiled.report(compiled.compile_program(lowered, job.mesh)[0], job)
-            found = looked.lines()
+            program, seconds = compiled.compile_program(lowered, job.mesh)
+            looked = compiled.report(program, job)
+            found = [f"compiled in {seconds:.0f} s", *looked.lines()]
             said += [NOT_IN_PLACE] * (not looked.memory.state_is_donated)
         except compiled.DoesNotFitError as error:  # all the more need for the table
             said.append(str(error))
