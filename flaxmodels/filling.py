@@ -38,7 +38,8 @@ def fill(
                 f"loss.chunks={chunks} needs a model that leaves its last layer to the loss, by a field split_head; "
                 f"model.name={options['name']!r} has none. Leave loss.chunks out."
             )
-        options["split_head"] = True
+        if not options.setdefault("split_head", True):
+            raise UserError(f"model.split_head=False contradicts loss.chunks={chunks}: leave one of them out.")
     return options
 
 

@@ -111,10 +111,15 @@ class Job:
             "order version": ORDER_VERSION,
         }
 
+    @property
+    def gradient(self) -> Gradient:
+        """Of a batch, in as many parts as the config says."""
+        gradient = step.make_gradient(step.make_apply(self.model, self.policy), self.losses[0])
+        return step.accumulated(gradient, self.cadence.microbatches)
+
     def update(self, around: Callable[[Gradient], Gradient] = lambda gradient: gradient) -> tuple[Step, list[str]]:
         """The program of `lower_train` with `around` its gradient; and, once it is traced, the names of its metrics."""
-        gradient = step.make_gradient(step.make_apply(self.model, self.policy), self.losses[0])
-        gradient = around(step.accumulated(gradient, self.cadence.microbatches))
+        gradient = around(self.gradient)
         update = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
         names: list[str] = []
 

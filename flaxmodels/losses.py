@@ -223,6 +223,11 @@ def mean_squared_error(outputs: jax.Array, batch: Mapping[str, Any]) -> Metrics:
 
 
 def _matching(outputs: jax.Array, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    if isinstance(outputs, Mapping):
+        raise ValueError(
+            f"outputs have the keys {sorted(outputs)}: expected one array. Only loss.name=softmax_cross_entropy takes "
+            "the parts of a head: for others leave model.split_head out."
+        )
     if outputs.shape != batch["targets"].shape:  # broadcasting here would be silent nonsense
         raise ValueError(f"outputs have shape {outputs.shape}, targets {batch['targets'].shape}: expected the same.")
     return outputs.astype(jnp.float32), batch["targets"].astype(jnp.float32)

@@ -231,6 +231,16 @@ REFUSED = {
     "loss of another kind": (
         "mlp", ["loss.name=mean_squared_error"], ["outputs have shape (8, 10), targets (8,)", "Check that loss.name"]
     ),
+    "chunks of a whole head": ("mlp", ["loss.chunks=2"], ["loss.chunks=2", "model.name='mlp' has none", "chunks out"]),
+    "chunks against split_head": (
+        "transformer", ["loss.chunks=2", "model.split_head=False"], ["split_head=False contradicts loss.chunks=2"]
+    ),
+    "split head of another loss": (
+        "transformer", ["loss.name=mean_squared_error", "model.split_head=True"], ["'features'", "model.split_head out"]
+    ),
+    "two dtypes": (
+        "cnn", ["precision.compute=bfloat16", "model.dtype=float32"], ["contradicts precision.compute='bfloat16'"]
+    ),
     "no text": ("mlp", ["loss.metrics=('bits_per_byte',)"], ["'bits_per_byte'", "not text", "leave it out"]),
     "top 50 of 10": ("mlp", ["loss.metrics=('top_k',)", "loss.top_k=50"], ["loss.top_k=50", "10 classes"]),
     "optimizer rule that matches nothing": (

@@ -93,6 +93,7 @@ def test_a_tpu_of_one_host_is_alone():
         ({**SLURM, "SLURM_STEP_NODELIST": "gpu1,gpu2", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, "gpu1:", 8, 3, None),
         ({**SLURM, "SLURM_STEP_NODELIST": "n[3,5]", "CUDA_VISIBLE_DEVICES": "0"}, "n3:", 8, 3, None),
         ({**SLURM, "SLURM_STEP_NODELIST": "alone", "CUDA_VISIBLE_DEVICES": "0,1"}, "alone:", 8, 3, (1,)),
+        ({**SLURM, "SLURM_STEP_NODELIST": "rack[01-02]n[3,5]-ib,other"}, "rack01n3-ib:", 8, 3, (1,)),
         ({**SLURM, "JAX_COORDINATOR_ADDRESS": "n:5"}, "n:5", 8, 3, (1,)),
         (OPEN_MPI, "10.96.0.1:", 4, 2, (0,)),
         ({**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": "1.0;tcp6://[fe80::1,fe80::2]:43"}, "[fe80::1]:", 4, 2, (0,)),
@@ -110,6 +111,17 @@ def test_what_launchers_tell(environment, address, processes, process, ids):
     if "SLURM_JOB_ID" in environment and address != "n:5":
         assert cluster.find({**environment, "SLURM_PROCID": "5", "SLURM_LOCALID": "0"}).address == place.address
         assert cluster.find({**environment, "SLURM_JOB_ID": "78"}).address != place.address
+
+
+def test_two_jobs_of_open_mpi_on_one_host_have_two_ports():
+    jobs = (
+        [("OMPI_MCA_orte_hnp_uri", f"{number}.0;tcp://10.0.0.1:3") for number in (7, 8)],
+        [("PMIX_NAMESPACE", f"prterun-node1.cluster.org-{number}@1") for number in (7, 8)],  # from version 5 on
+    )
+    base = {**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    del base["OMPI_MCA_orte_hnp_uri"]
+    for first, second in jobs:
+        assert cluster.find(dict([*base.items(), first])).address != cluster.find(dict([*base.items(), second])).address
 
 
 def test_flags_go_before_the_environment():
@@ -132,6 +144,9 @@ def test_flags_go_before_the_environment():
         (["--coordinator_address=n", "--num_processes=2", "--process_id=1"], {}, "='n': expected HOST:PORT"),
         (["--coordinator_address=n:99999", "--num_processes=2", "--process_id=1"], {}, "expected HOST:PORT"),
         (["--distributed=off", "--num_processes=2"], {}, "--distributed=off with --num_processes"),
+        (["--local_device_ids=0"], {}, "--local_device_ids is for one of several processes, and this one is alone"),
+        (["--local_device_ids=0", "--distributed=off"], SLURM, "--local_device_ids is for one of several"),
+        (["--local_device_ids=0", "--num_processes=1"], {}, "--local_device_ids is for one of several"),
         ([], {**SLURM, "SLURM_PROCID": "x"}, "SLURM_PROCID='x' in the environment is not a number"),
     ],
 )

@@ -544,6 +544,14 @@ def test_chunks_refuse(outputs, message):
 # sigmoid_cross_entropy, mean_squared_error
 
 
+@pytest.mark.parametrize("loss", [losses.sigmoid_cross_entropy, losses.mean_squared_error])
+def test_the_others_refuse_a_split_head(loss):
+    with pytest.raises(
+        ValueError, match=r"keys \['features', 'kernel'\]: expected one array.*leave model.split_head out"
+    ):
+        loss(head(B, T), batch(B, T, classes=V))
+
+
 @pytest.mark.parametrize("shape", [(B,), (B, C), (B, T, C)])
 def test_sigmoid_cross_entropy_is_that_of_optax(shape):
     logits = normal(*shape)

@@ -13,7 +13,7 @@ import small
 from flaxmodels import attention, sharding
 from flaxmodels.job import assemble
 from flaxmodels.models import build
-from flaxmodels.models.transformer import Transformer, rotate
+from flaxmodels.models.transformer import Transformer, mark, rotate
 from flaxmodels.registry import UserError
 
 SIZES = {"vocab_size": 16, "layers": 2, "width": 16, "heads": 4, "max_length": 8}
@@ -552,3 +552,12 @@ def test_other_inputs_are_named():
 
 def test_a_token_outside_the_vocabulary_is_not_clamped():
     assert jnp.isnan(run(LLAMA, random_params(LLAMA), TOKENS.at[0, 0].set(16))[0, 0]).all()
+
+
+@pytest.mark.parametrize(("size", "split"), [(64, True), (65, False)])
+def test_what_a_mesh_does_not_divide_stays_whole(size, split):
+    mesh = sharding.make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
+        lowered = jax.jit(lambda x: mark(x, "vocab", "embed")).lower(jnp.zeros((size, 4)))
+    constraint = next(line for line in lowered.as_text().splitlines() if "sharding_constraint" in line)
+    assert ('"tensor"' in constraint) == split, constraint

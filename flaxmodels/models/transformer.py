@@ -8,6 +8,7 @@ Read `Transformer` first, then `Block`. `mark` says what an axis is; it does not
 
 import functools
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -324,6 +325,13 @@ def rotate(x_BxTxNxH: jax.Array, base: float, positions_BxT: jax.Array | None = 
 
 
 def mark(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Name the axes of an activation for the rules of a mesh (`nn.logical_axis_rules`); without a mesh, nothing."""
-    marked: jax.Array = nn.with_logical_constraint(x, axes)
+    """Name the axes of an activation for the rules of a mesh (`nn.logical_axis_rules`); without a mesh, nothing.
+
+    An axis that the mesh does not divide stays whole: padded parts would be moved about.
+    """
+    sizes, places = jax.sharding.get_abstract_mesh().shape, nn.logical_to_mesh_axes(axes) or ()
+    parts = [math.prod(sizes.get(n, 1) for n in ((p,) if isinstance(p, str) else p or ())) for p in places]
+    whole = [i for i, part in enumerate(parts) if x.shape[i] % part]
+    kept = tuple(None if i in whole else axis for i, axis in enumerate(axes))
+    marked: jax.Array = nn.with_logical_constraint(x, kept)
     return marked

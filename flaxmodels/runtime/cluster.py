@@ -77,9 +77,8 @@ def _slurm(env: Mapping[str, str]) -> Place | None:
     if not {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= env.keys():
         return None
     tasks = _number("SLURM_STEP_NUM_TASKS", env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    # "node[007-009,12],other" begins with node007, "node1,node2" with node1.
-    head, _, tail = env["SLURM_STEP_NODELIST"].partition(",")[0].partition("[")
-    host = head + tail.partition("-")[0].rstrip("]")
+    # "node[007-009,12],other" begins with node007, "rack[1-2]n[3,5]-ib" with rack1n3-ib.
+    host = re.sub(r"\[(\w*)[^]]*\]|,.*", r"\1", env["SLURM_STEP_NODELIST"])
     address = (
         env.get("JAX_COORDINATOR_ADDRESS") or f"{host}:{_port(env['SLURM_JOB_ID'] + env.get('SLURM_STEP_ID', ''))}"
     )
@@ -93,10 +92,11 @@ def _open_mpi(env: Mapping[str, str]) -> Place | None:
     if not {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"} <= env.keys():
         return None
     size, local = env["OMPI_COMM_WORLD_SIZE"], env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1")
-    job = env.get("OMPI_MCA_orte_hnp_uri", env.get("PMIX_NAMESPACE", ""))  # "123.0;tcp://10.0.0.1,10.1.0.1:34911"
+    # "123.0;tcp://10.0.0.1,10.1.0.1:34911", or, from version 5 on, "prterun-node1.cluster-123@1"
+    job = env.get("OMPI_MCA_orte_hnp_uri", env.get("PMIX_NAMESPACE", ""))
     launcher = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", job)
     host = "localhost" if size == local else launcher and (launcher[1] or f"[{launcher[2]}]")
-    address = env.get("JAX_COORDINATOR_ADDRESS") or (f"{host}:{_port(job.partition('.')[0])}" if host else "")
+    address = env.get("JAX_COORDINATOR_ADDRESS") or (f"{host}:{_port(job.partition(';')[0])}" if host else "")
     ids = None if local == "1" else _share(env, env.get("OMPI_COMM_WORLD_LOCAL_RANK"))
     rank = _number("OMPI_COMM_WORLD_RANK", env["OMPI_COMM_WORLD_RANK"])
     return Place(address, _number("OMPI_COMM_WORLD_SIZE", size), rank, ids, "Open MPI")

@@ -76,18 +76,21 @@ def place_of(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place
     """
     given = {"address": flags.coordinator_address, "processes": flags.num_processes, "process": flags.process_id}
     given = {field: value for field, value in given.items() if value is not None}
-    if flags.distributed == "off":
-        if given:
-            raise UserError(f"--distributed=off with {FLAGS[next(iter(given))]}: leave one of the two out.")
-        return None
-    found = None if len(given) == len(FLAGS) else cluster.find(environment)
-    if found is None and not given:
+    if flags.distributed == "off" and given:
+        raise UserError(f"--distributed=off with {FLAGS[next(iter(given))]}: leave one of the two out.")
+    asked = flags.distributed != "off" and len(given) < len(FLAGS)
+    found = cluster.find(environment) if asked else None
+    place: Place = dataclasses.replace(found or Place(), **given)
+    if (not found and not given) or (place.processes == 1 and place.process <= 0):
+        if flags.local_device_ids is not None:
+            raise UserError(
+                "--local_device_ids is for one of several processes, and this one is alone: leave it out. "
+                "CUDA_VISIBLE_DEVICES in the environment says which GPUs a process sees."
+            )
         return None
     if flags.local_device_ids is not None:
-        given["local_device_ids"] = flags.local_device_ids
-    place: Place = dataclasses.replace(found or Place(), **given)
-    alone = place.processes == 1 and place.process <= 0
-    return None if alone else _checked(place, found)
+        place = dataclasses.replace(place, local_device_ids=flags.local_device_ids)
+    return _checked(place, found)
 
 
 def _checked(place: Place, found: Place | None) -> Place:

@@ -1,0 +1,1 @@
+"""Proofs on a user's own config: that the mesh changes nothing, and that several processes do as one does."""
