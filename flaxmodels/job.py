@@ -141,7 +141,8 @@ class Job:
         program, names = self.update()
         feed = self.train.abstract_dispatch(self.cadence.steps_per_dispatch)
         places = (jax.tree.map(lambda x: x.sharding, self.abstract), sharding.replicated(self.mesh))
-        lowered = step.compile_step(program, self.abstract, feed, mesh=self.mesh, out_shardings=places, donate=(0,))
+        with bad_fit():
+            lowered = step.compile_step(program, self.abstract, feed, mesh=self.mesh, out_shardings=places, donate=(0,))
         sharding.check_program(self.mesh, lowered)
         return lowered, names
 
@@ -188,12 +189,12 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
     _check_targets(source, checked["loss"])
     cadence = Cadence(**checked["train"])
-    model = models.build(
-        **fill(
-            checked["model"], source, precision=written["precision"], compute=policy.compute,
-            chunks=checked["loss"].get("chunks", 1),
-        )
+    options = fill(
+        checked["model"], source, precision=written["precision"], compute=policy.compute,
+        chunks=checked["loss"].get("chunks", 1),
     )  # fmt: skip
+    model = models.build(**options)
+    policy = dataclasses.replace(policy, compute=options.get("dtype", policy.compute))
     tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
     axes, why = ({}, "") if asked else _automatic(model, tx, source, written, policy, devices)
     mesh = sharding.make_mesh(**written["mesh"] | axes, devices=devices)
@@ -228,7 +229,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
 
 # Modules that raise a ValueError on purpose, and the section of a config that it is about.
 OURS = {
-    "flaxmodels.models": "model", "flaxmodels.attention": "model", "flaxmodels.splash": "model",
+    "flaxmodels.models": "model", "flaxmodels.attention": "model",
     "flaxmodels.ring": "model", "flaxmodels.losses": "loss", "flaxmodels.chunked": "loss",
 }  # fmt: skip
 

@@ -69,7 +69,8 @@ def fit(
     In a run of several processes all call it alike, after `jax.distributed` has started; see `runtime.distributed`.
 
     Args:
-      config: sections "model", "loss", "optim", "data", "mesh", "sharding", "train", "checkpoint", and "seed".
+      config: sections "model", "loss", "optim", "data", "mesh", "sharding", "precision", "train", "checkpoint", and
+        "seed".
       workdir: everything is written here; one folder that all processes see.
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
       allow_data_change: resume although the data are not those that the workdir was trained on.

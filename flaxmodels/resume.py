@@ -16,7 +16,7 @@ from flaxmodels.state import TrainState
 # data is not found by the keys of its section, but by its content (`same_data`).
 FREE_KEYS = (
     "train.log_every", "train.eval_every", "train.patience", "train.steps_per_dispatch", "checkpoint.", "mesh.",
-    "sharding.", "data.",
+    "sharding.", "data.", "loss.chunks",
 )  # fmt: skip
 # Fields of `Job.identity` that decide what an evaluation sees.
 EVALUATED = ("source", "options", "content", "test examples", "transforms", "tokenizer")

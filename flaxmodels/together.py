@@ -107,7 +107,9 @@ def same_programs(job: Job, programs: Mapping[str, jax.stages.Lowered]) -> None:
     if peers.count() == 1:
         return
     data = {f"data: {name}": value for name, value in job.identity.items()}
-    peers.compare({"data": data, "program": {name: sameness.program(lowered) for name, lowered in programs.items()}})
+    mesh = {f"mesh.{axis}": size for axis, size in job.mesh.shape.items()}
+    hashes = {name: sameness.program(lowered) for name, lowered in programs.items()}
+    peers.compare({"mesh": mesh, "data": data, "program": hashes})
 
 
 def note() -> tuple[str, ...]:

@@ -364,6 +364,19 @@ def test_leaving_with_an_error(processes, other):
     assert here is (other == "comes")
 
 
+@pytest.mark.parametrize("leaving", [peers.cut, lambda: peers.leave_with_error(20)])
+def test_the_store_goes_last(processes, leaving):
+    order = []
+
+    def last():
+        time.sleep(0.2)
+        peers.cut()
+        order.append(2)
+
+    processes(lambda: (leaving(), order.append(0)), lambda: (peers.cut(), order.append(1)), last)
+    assert order == [1, 2, 0]
+
+
 def test_one_process_alone_compares_nothing(monkeypatch):
     monkeypatch.setattr(peers, "_store", lambda: pytest.fail("asked the store"))
     peers.compare({"config": {"a": 1}})

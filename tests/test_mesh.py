@@ -67,6 +67,7 @@ class Masked(nn.Module):
         return nn.Dropout(0.5, deterministic=not train)(x)
 
 
+@pytest.mark.slow
 def test_dropout_masks_are_the_same_on_any_mesh():
     def masks(**axes):
         mesh = sharding.make_mesh(**axes) if axes else sharding.make_mesh(devices=jax.devices()[:1])

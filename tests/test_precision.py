@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small
 
 from flaxmodels import losses, metrics, optim, precision, sharding, step
 from flaxmodels import state as states
+from flaxmodels.job import assemble
 from flaxmodels.models import build
 from flaxmodels.precision import Policy
 from flaxmodels.registry import UserError
@@ -267,3 +269,15 @@ def test_norms_of_bfloat16_are_computed_in_float32():
     tx, _ = optim.make("sgd", learning_rate=1.0, total_steps=1, clip_norm=1.0, momentum=0.0)
     updates, _ = tx.update(tree, tx.init(tree), tree)
     np.testing.assert_allclose(metrics.norm(updates), 1, rtol=1e-5)
+
+
+def test_a_dtype_of_the_model_is_the_precision_of_the_run():
+    config = small.config("mlp")
+    job = assemble(config | {"model": config["model"] | {"dtype": "bfloat16"}})
+    assert job.policy.compute == "bfloat16" and any("computation bfloat16" in note for note in job.notes)
+
+
+def test_what_a_loss_refuses_is_bad_input_wherever_the_step_is_lowered():
+    job = assemble(small.config("mlp", loss=dict(name="mean_squared_error")))
+    with pytest.raises(UserError, match="loss: outputs have shape"):
+        job.lower_train()

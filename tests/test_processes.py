@@ -58,7 +58,7 @@ with distributed.joined(flags.arguments) as first:
         print(json.dumps(digests))
 """
 
-# Process 1 alone runs into an error while process 0 waits for it in a collective.
+# The process whose number is the seed runs into an error while the other waits for it in a collective.
 FAIL = """
 import sys
 from flaxmodels import config, loop
@@ -68,7 +68,7 @@ flags = config.parse(config.train_parser("fail"), sys.argv[1:])
 after = loop.Run.after
 def failing(self, state, step, packed):
     import jax
-    if jax.process_index() == 1 and step >= 3:
+    if jax.process_index() == flags.config.seed and step >= 3:
         raise RuntimeError("out of luck")
     after(self, state, step, packed)
 loop.Run.after = failing
@@ -239,8 +239,11 @@ def test_processes_that_differ_or_fail_end_together(tmp_path, config_file):
 
     fail = tmp_path / "fail.py"
     fail.write_text(FAIL)
-    with started(2, 1, fail, *own, f"--workdir={tmp_path / 'fail'}") as processes:
-        codes, _, errors = ended(processes)
-    assert codes == [1, 1], errors
-    assert "RuntimeError: out of luck" in errors[1]
-    assert re.search(r"error: process 1 \(.+\) failed: RuntimeError: out of luck", errors[0])
+    words = [[f"--workdir={tmp_path / f'fail{failing}'}", f"--config.seed={failing}"] for failing in (0, 1)]
+    with started(2, 1, fail, *own, *words[0]) as first, started(2, 1, fail, *own, *words[1]) as second:
+        runs = [ended(first), ended(second)]
+    for failing, (codes, _, errors) in enumerate(runs):
+        assert codes == [1, 1], errors
+        assert "RuntimeError: out of luck" in errors[failing]
+        said = rf"error: process {failing} \(.+\) failed: RuntimeError: out of luck"
+        assert re.search(said, errors[1 - failing])

@@ -22,6 +22,7 @@ from flaxmodels.runtime.exits import BAD_INPUT, FaultError
 # Seconds. Reading a data set takes some processes longer than others.
 LIMIT = 1800.0
 PAUSE = 0.05
+LAST = 5.0  # for the others, once one process ends at once
 MOST = 5  # differences in a message
 WELL, CUT = "well", "cut"  # how a process leaves: together with the others, or at once
 
@@ -162,13 +163,28 @@ def leave_with_error(limit: float) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(PAUSE)
-    return CUT not in found.values()
+    if CUT not in found.values():
+        return True
+    _see_off()
+    return False
 
 
 def cut() -> None:
-    """Say that this process ends at once; it may be the one that the store goes with, so the others get a moment."""
+    """Say that this process ends at once."""
     _set(f"left/{me()}", CUT)
-    time.sleep(20 * PAUSE)
+    _see_off()
+
+
+def _see_off() -> None:
+    """In process 0, with which the store goes: wait till the others have left, else JAX aborts them before they print.
+
+    They have seen the same error, but not at the same moment.
+    """
+    if me() == 0:
+        deadline = time.monotonic() + LAST
+        while len(_all("left")) < count() and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        time.sleep(20 * PAUSE)
 
 
 def _everyone(key: str, limit: float) -> dict[str, str]:
