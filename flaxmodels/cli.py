@@ -94,10 +94,7 @@ def show_data(argv: Sequence[str]) -> int:
 
 def bench(argv: Sequence[str]) -> int:
     """Measure: `bench data` every way of loading the data, `bench step` every way of computing the update."""
-    what, *rest = argv or [""]
-    if what not in BENCHES:
-        raise UserError(f"bench {what!r}: there is no such bench. {registry.suggest(what, BENCHES)}")
-    return BENCHES[what](rest)
+    return _of("bench", "bench", BENCHES, argv)
 
 
 def _bench_data(argv: Sequence[str]) -> int:
@@ -180,10 +177,7 @@ def shardings(argv: Sequence[str]) -> int:
 
 def verify(argv: Sequence[str]) -> int:
     """Prove: `verify mesh` that one device and many, split in any way, train a config alike."""
-    what, *rest = argv or [""]
-    if what not in PROOFS:
-        raise UserError(f"verify {what!r}: there is no such proof. {registry.suggest(what, PROOFS)}")
-    return PROOFS[what](rest)
+    return _of("verify", "proof", PROOFS, argv)
 
 
 def _verify_mesh(argv: Sequence[str]) -> int:
@@ -246,6 +240,24 @@ def rehearse(argv: Sequence[str]) -> int:
     bad = [line for line in lines if not line.passed]
     print(f"FAILED: {bad[0].scene}, {bad[0].phase}" if bad else f"passed: {len(lines)} checks")
     return exits.FAULT if bad else exits.DONE
+
+
+def _of(verb: str, kind: str, there: Mapping[str, Callable[[Sequence[str]], int]], argv: Sequence[str]) -> int:
+    what, *rest = argv or [""]
+    if what in ("-h", "--help"):
+        print(f"{VERBS[verb].__doc__}\n")
+        for name in there:
+            print(f"  flaxmodels {verb} {name} --help")
+        return exits.DONE
+    if what in there:
+        return there[what](rest)
+    if not what or what.startswith("-"):
+        first = next(iter(there))
+        raise UserError(
+            f"{verb}: say first which {kind}, as in `flaxmodels {verb} {first} --config=FILE`. "
+            f"There are: {', '.join(there)}."
+        )
+    raise UserError(f"{verb} {what!r}: there is no such {kind}. {registry.suggest(what, there)}")
 
 
 def _say(text: str) -> None:

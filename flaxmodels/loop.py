@@ -187,7 +187,8 @@ def _evaluation(job: Job) -> tuple[jax.stages.Lowered, list[str]]:
 def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, int, int]]:
     """(path, shape, dtype, spec, elements, bytes) of each parameter of an abstract tree."""
     for keys, x in jax.tree.leaves_with_path(params):
-        axes = ", ".join("-" if axis is None else str(axis) for axis in x.sharding.spec)
+        spec = ((axis,) if isinstance(axis, str) else axis or ("-",) for axis in x.sharding.spec)
+        axes = ", ".join("+".join(names) for names in spec)
         size = math.prod(x.shape)
         yield optim.path_of(keys), x.shape, x.dtype.name, axes, size, size * x.dtype.itemsize
 

@@ -61,7 +61,6 @@ def unreachable(name):
     "environment",
     [
         {},
-        {"JAX_COORDINATOR_ADDRESS": "node0:1"},  # an address alone says nothing of how many there are
         {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
         {**SLURM, "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
         {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_NODELIST": "node1"},  # a batch script
@@ -139,6 +138,7 @@ def test_flags_go_before_the_environment():
         (["--num_processes=2", "--process_id=0"], {}, "--coordinator_address: not set. Several processes need"),
         (["--process_id=0"], {}, "--coordinator_address and --num_processes: not set"),
         ([], {"JAX_COORDINATOR_ADDRESS": "n:5", "JAX_NUM_PROCESSES": "4"}, "--process_id: not set, and JAX_NUM"),
+        ([], {"JAX_COORDINATOR_ADDRESS": "n:5"}, "--num_processes and --process_id: not set, and JAX_COORD"),
         ([], {**OPEN_MPI, "OMPI_MCA_orte_hnp_uri": ""}, "--coordinator_address: not set, and Open MPI does not tell"),
         (["--coordinator_address=n:5", "--num_processes=2", "--process_id=2"], {}, "--process_id=2 is none of 2"),
         (["--coordinator_address=n", "--num_processes=2", "--process_id=1"], {}, "='n': expected HOST:PORT"),

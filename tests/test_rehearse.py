@@ -183,6 +183,14 @@ def test_what_is_wrong_does_not(phase, found, before):
     assert not JUDGES[phase](found, before)[0]
 
 
+def test_a_loss_that_is_no_number_is_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2}\n{"step": 2, "train/loss": "NaN"}\n')
+    found = actor.losses(tmp_path)
+    assert found[1] == 2 and math.isnan(found[2])
+    trained = TRAINED | {"losses": {"1": 2.0, "2": 2.0, "3": 2.0, "4": found[2]}}
+    assert JUDGES["train"]([trained] * 2, {}) == (False, "4 steps, loss 2.0000 to nan")
+
+
 def test_the_last_evaluation_batch_is_padded_where_it_can_be():
     for examples, size, devices in [(364, 64, 8), (256, 64, 8), (256, 16, 4), (100, 10, 2), (97, 8, 8), (8, 512, 8)]:
         found = actor.uneven(examples, size, devices)
@@ -203,7 +211,9 @@ def test_a_shortened_config_keeps_what_is_trained():
     assert written["optim"]["warmup"] == 500 and "workers" in written["data"]
 
 
-@pytest.mark.parametrize("wrong", [dict(hosts=1), dict(devices_per_host=0), dict(steps=5), dict(steps=0)])
+@pytest.mark.parametrize(
+    "wrong", [dict(hosts=1), dict(devices_per_host=0), dict(steps=5), dict(steps=0), dict(limit=-1)]
+)
 def test_numbers_that_can_not_be(wrong):
     with pytest.raises(UserError, match=f"--{next(iter(wrong))}="):
         rehearse.run([], **wrong, show=lambda _: None)

@@ -1,5 +1,6 @@
 """What `flaxmodels shardings` says of a config: sizes that add up, and a warning for each thing that is wasted."""
 
+import io
 import json
 import math
 
@@ -111,6 +112,14 @@ def test_the_command(capsys):
     assert said.out.startswith("mesh: 4 x cpu: fsdp=4")
     for text in ("hidden_0/kernel", "fsdp", "optimizer state", "no warnings: what is large is split"):
         assert text in said.out
+
+
+def test_what_is_not_split_is_not_said_to_be():
+    for axes, said in [({"data": 8, "fsdp": 1}, "whole on each device"), ({"data": 1, "fsdp": 8}, "large is split")]:
+        stream = io.StringIO()
+        rows = (shardings.Row("w", (8,), "float32", "-", 32, 32),)
+        shardings.show(shardings.Report("", axes, (), rows, {"parameters": (32, 32)}, ()), [], stream)
+        assert said in stream.getvalue().splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A config that trains alike on every mesh passes; one that does not is caught, with the step and the tensor."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
@@ -171,8 +172,19 @@ def test_wrong_numbers_are_refused():
         mesh.run(plain(), steps=0)
     with pytest.raises(UserError, match="--accumulation: 0"):
         mesh.run(plain(), accumulation=(4, 0))
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="--tolerance="):
+            mesh.run(plain(), tolerance=wrong)
     with pytest.raises(UserError, match="verify 'mess': there is no such proof"):
         cli._verb(["verify", "mess"])
+
+
+@pytest.mark.parametrize(("verb", "one"), [("verify", "mesh"), ("bench", "step")])
+def test_a_verb_of_several_words_says_which_there_are(verb, one, capsys):
+    assert cli._verb([verb, "--help"]) == 0
+    assert f"flaxmodels {verb} {one} --help" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"{verb}: say first which .* There are: .*{one}"):
+        cli._verb([verb, "--config=configs/digits_mlp.py"])
 
 
 def test_everything_is_computed_in_float32():

@@ -162,7 +162,14 @@ def idle_rules(params: Any, rules: sharding.Rules) -> Iterator[str]:
 def idle_axes(job: Job, lowered: jax.stages.Lowered) -> Iterator[str]:
     """A line for each axis of the mesh whose devices all do the same work, or some of them more than others."""
     marked = "".join(line for line in lowered.as_text().splitlines() if "sharding_constraint" in line)
-    for axis in ("sequence", "tensor"):
+    size, uneven = job.mesh.shape["sequence"], False
+    for x in jax.tree.leaves(job.train.example()["inputs"]):
+        tokens = x.ndim == 2 and np.issubdtype(x.dtype, np.integer)
+        if uneven := bool(tokens and x.shape[1] % size):
+            longer = -(-x.shape[1] // size) * size
+            yield f"data.length={x.shape[1]} does not divide over mesh.sequence={size}: use {longer}."
+            break
+    for axis in ("tensor",) if uneven else ("sequence", "tensor"):
         size = job.mesh.shape[axis]
         specs = (x.sharding.spec for x in jax.tree.leaves(job.abstract.params))
         split = axis == "tensor" and any(axis in spec for spec in specs)
@@ -171,13 +178,6 @@ def idle_axes(job: Job, lowered: jax.stages.Lowered) -> Iterator[str]:
                 f"mesh.{axis}={size}: model.name={job.config['model']['name']!r} says of nothing that it is split over "
                 f"it, so that {size} devices may do the same work: use mesh.{axis}=1."
             )
-    size = job.mesh.shape["sequence"]
-    for x in jax.tree.leaves(job.train.example()["inputs"]):
-        tokens = x.ndim == 2 and np.issubdtype(x.dtype, np.integer)
-        if tokens and x.shape[1] % size:
-            longer = -(-x.shape[1] // size) * size
-            yield f"data.length={x.shape[1]} does not divide over mesh.sequence={size}: use {longer}."
-            break
 
 
 def _rows(tree: Any) -> Iterator[Row]:
@@ -224,7 +224,9 @@ def show(found: Report, lines: Sequence[str], stream: TextIO) -> None:
     for text in found.warnings:
         display.line(f"warning: {text}")
     if not found.warnings:
-        display.line("no warnings: what is large is split, every dimension divides, the state is donated")
+        split = any(size > 1 for name, size in found.axes.items() if name != "data")
+        what = "what is large is split, its dimensions divide" if split else "parameters are whole on each device"
+        display.line(f"no warnings: {what}, the state is donated")
     display.close()
 
 

@@ -58,6 +58,7 @@ def find(environment: Mapping[str, str], metadata: Callable[[str], str] | None =
         or _slurm(environment)
         or _tpu_hosts(environment)
         or _tpu_metadata(environment, metadata or _ask)
+        or _address(environment)
     )
     return found if found is not None and found.processes != 1 else None
 
@@ -70,6 +71,12 @@ def _variables(env: Mapping[str, str]) -> Place | None:
     process = _number(name, env[name]) if name in env else -1
     address, processes = env.get("JAX_COORDINATOR_ADDRESS", ""), _number("JAX_NUM_PROCESSES", env["JAX_NUM_PROCESSES"])
     return Place(address, processes, process, source="JAX_NUM_PROCESSES")
+
+
+def _address(env: Mapping[str, str]) -> Place | None:
+    """An address that no launcher goes with: somebody meant several processes, and did not say how many."""
+    address = env.get("JAX_COORDINATOR_ADDRESS")
+    return Place(address, source="JAX_COORDINATOR_ADDRESS") if address else None
 
 
 def _slurm(env: Mapping[str, str]) -> Place | None:

@@ -99,8 +99,9 @@ def _checked(place: Place, found: Place | None) -> Place:
     if missing:
         where = f", and {found.source} does not tell" if found else ""
         raise UserError(
-            f"{' and '.join(missing)}: not set{where}. Several processes need {', '.join(FLAGS.values())}; "
-            "--distributed=off trains in this one alone."
+            f"{' and '.join(missing)}: not set{where}. Several processes need {', '.join(FLAGS.values())}, or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID in the environment; --distributed=off trains "
+            "in this one alone."
         )
     if place.process >= place.processes:
         raise UserError(

@@ -148,7 +148,7 @@ def uneven(examples: int, batch_size: int, devices: int) -> int:
 def losses(workdir: Path) -> dict[int, float]:
     """Step -> training loss, from the log of a workdir."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return {line["step"]: float(line["train/loss"]) for line in lines if "train/loss" in line}  # "NaN" is text there
 
 
 if __name__ == "__main__":

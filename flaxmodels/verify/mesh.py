@@ -114,6 +114,8 @@ def run(
     for name, least in (("steps", steps), ("accumulation", min(accumulation))):
         if least < 1:
             raise UserError(f"--{name}: {least} is out of range, expected at least 1.")
+    if not 0 <= tolerance < 1:
+        raise UserError(f"--tolerance={tolerance:g} is out of range, expected 0 or more, and less than 1.")
     available = meshes.simulated(devices)
     # The batch in one piece is what all else is held against, whether it was asked for or not.
     proof, begun = _Proof(config, steps, tolerance, available), time.monotonic()

@@ -86,6 +86,8 @@ def run(
             raise UserError(f"--{name}={value}: expected at least {least}.")
     if steps < 2 or steps % 2:
         raise UserError(f"--steps={steps}: expected an even number, since half of them are made again.")
+    if not limit > 0:
+        raise UserError(f"--limit={limit:g}: expected more than 0 seconds.")
     fewer = max(n for n in range(1, hosts) if hosts * devices_per_host % n == 0)
     with _place(folder) as place:
         stage = _Stage(arguments, place, steps, limit, show)
