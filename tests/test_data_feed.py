@@ -268,6 +268,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", CHANGES)
 def test_other_data_are_refused_by_field(tmp_path, field):
     config = stored()
@@ -325,6 +326,7 @@ def test_bad_mixtures(sources, message):
     assert message in str(error.value)
 
 
+@pytest.mark.slow
 def test_parts_of_a_mixture_may_leave_out_and_need_other_dtypes(tmp_path):
     """Packed texts number their documents in as many bits as they need; only one part has what could not be read."""
     names = {"many": ("a b\n", 3000), "few": ("some words that make a longer line than that\n", 400)}
@@ -360,6 +362,7 @@ def test_columns_of_several_spans():
     np.testing.assert_array_equal(_columns(index, ((0, 2), (6, 8)))[1], [12, 13, 18, 19])
 
 
+@pytest.mark.slow
 def test_what_is_best_starts_anew_on_other_test_data(tmp_path):
     config = stored()
     config["train"] = {"duration": 60, "patience": 50}

@@ -36,6 +36,7 @@ def test_the_same_command_again_only_evaluates(trained, run):
     assert first.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_eval_and_train_verbs_do_the_same(trained, run):
     command, workdir, _ = trained
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

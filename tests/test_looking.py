@@ -25,6 +25,7 @@ def command(tmp_path, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_future_batch_is_the_one_that_the_step_gets():
     options = {"augment": ({"name": "flip"}, {"name": "mixup"}), "batch_size": 16}
     job = assemble(small.config("mlp", data=options))

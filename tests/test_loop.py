@@ -96,6 +96,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninter
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).best() == best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", [0.5, -4])
 def test_what_several_processes_decide_resumes_alike(tmp_path, monkeypatch, uninterrupted, moment):
     """`Together` answers one question late: between dispatches, and within the last evaluation."""
@@ -213,6 +214,7 @@ def test_restore_onto_any_mesh(tmp_path):
         assert jax.tree.map(lambda x: x.sharding, state) == jax.tree.map(lambda x: x.sharding, job.abstract)
 
 
+@pytest.mark.slow
 def test_average_is_what_is_evaluated(tmp_path):
     plain = fit(small_config(), tmp_path / "plain")
     averaged = fit(small_config(optim=dict(average=0.99)), tmp_path / "average")

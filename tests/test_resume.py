@@ -94,6 +94,7 @@ def test_killed_at_random_moments(tmp_path, devices, kills):
     assert final_bits(killed) == final_bits(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_leave(tmp_path, number, code):
     workdir = tmp_path / "run"

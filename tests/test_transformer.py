@@ -382,6 +382,7 @@ def on_mesh(f, params, tokens, **axes):
         return lowered, compiled, compiled(params, tokens), mesh
 
 
+@pytest.mark.slow
 def test_a_mesh_with_rules_changes_the_layout_and_nothing_else():
     model = LLAMA.clone(kv_heads=1, norm="layer", use_bias=True)  # one kv head on two devices, too
     params, tokens = random_params(model), jnp.tile(TOKENS, (4, 1))
