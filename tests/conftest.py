@@ -20,6 +20,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--nightly` also runs what takes hours."""
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the nightly tests out. Not by `-m` in addopts, which a `-m` of the command line would replace."""
+    if not config.getoption("--nightly"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Rank promotion raises; compiled programs are shared between tests; data sets are prepared once, off the home."""

@@ -1,0 +1,67 @@
+"""The verbs that train, evaluate, and prepare for it."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flaxmodels import config
+from flaxmodels.runtime import exits, place
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train a config; the same command again resumes."""
+    with exits.importing():
+        from flaxmodels import loop
+        from flaxmodels.runtime import distributed
+
+    flags = config.parse(config.train_parser("flaxmodels train"), argv)
+    allowed = {key: getattr(flags.arguments, key) for key in ("allow_config_change", "allow_data_change")}
+    with distributed.joined(flags.arguments):
+        return loop.fit(flags.config, flags.workdir, **allowed).exit_code
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """Evaluate a checkpoint of a workdir on the whole evaluation split."""
+    with exits.importing():
+        from flaxmodels import job, loop
+        from flaxmodels.runtime import distributed
+
+    parser = config.parser("flaxmodels eval", "Evaluate a checkpoint on the whole evaluation split.")
+    parser.add_argument("--step", default="best", help="best, latest, or a step on disk (default: best)")
+    parser.add_argument("--allow_data_change", action="store_true", help="evaluate on other data")
+    place.add_flags(parser)
+    flags = config.parse(parser, argv)
+    asked = flags.arguments
+    with distributed.joined(asked) as first:
+        assembled = job.assemble(flags.config)
+        step, found, count = loop.evaluate_checkpoint(
+            assembled, flags.workdir, asked.step, allow_data_change=asked.allow_data_change
+        )
+    if first:
+        print(f"{flags.workdir}, step {step}, {count:g} weighted {assembled.source.name!r} targets")
+        for name, value in sorted(found.items()):
+            print(f"  {name:<24} {value:.6g}")
+    return exits.DONE
+
+
+def prepare(argv: Sequence[str]) -> int:
+    """Turn the text of a config into tokens on disk, once; the same command again goes on where it stopped."""
+    with exits.importing():
+        from flaxmodels import sections
+        from flaxmodels.data import preparing
+
+    parser = config.parser("flaxmodels prepare", "Turn the text of a config into tokens on disk, once.")
+    parser.add_argument("--to", required=True, type=Path, metavar="DIR", help="the folder to write")
+    flags = config.parse(parser, argv)
+    checked = sections.check(flags.config, lambda text, where: text)
+    _, options = sections.split_data(checked["data"])
+    name = options.pop("name")
+    try:
+        preparing.prepare_source(name, options, flags.arguments.to, sys.stdout)
+    except preparing.StoppedError as stopped:
+        print(stopped)
+        return exits.SIGNALLED + stopped.signal
+    kept = {key: value for key, value in checked["data"].items() if key in ("length", "windows", "batch_size")}
+    said = "".join(f", {key}={value!r}" for key, value in kept.items())
+    print(f'to train on it: config.data = dict(name="tokens", path={str(flags.arguments.to)!r}{said})')
+    return exits.DONE
