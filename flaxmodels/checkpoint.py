@@ -1,20 +1,23 @@
-"""Orbax behind one small class: asynchronous saves, newest and best kept, restored onto any mesh.
+"""Orbax behind one small class: asynchronous saves that are committed whole, verified, restored onto any mesh.
 
-A checkpoint is three items: `params`; `rest` (step, other collections, optimizer state); and `meta`, JSON: what a
-resume needs beside arrays, the config, and versions. The step is the position in the data.
+A checkpoint is a folder of two items, `params` and `rest` (step, other collections, optimizer state), and a manifest,
+whose rename is the commit: see `manifest`. It holds what a resume needs beside arrays, too. The step is the position in
+the data. What is on disk, and what of it goes, is in `disk`.
 """
 
 import importlib.metadata
-import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
+from flaxmodels import disk, fitting, manifest
 from flaxmodels.registry import Positive, Steps, UserError
+from flaxmodels.runtime import peers
+from flaxmodels.runtime.exits import FaultError
+from flaxmodels.saving import Saving
 from flaxmodels.state import TrainState
 
 VERSIONED = ("flaxmodels-train", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -31,26 +34,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-# Orbax renames a step into this folder, in place of deleting it; the folder is emptied at the next save.
-TRASH = "deleted"
-
-
-def _described(tree: Any) -> dict[str, str]:
-    """Path -> "shape dtype" of each array of a tree."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): f"{tuple(x.shape)} {x.dtype}" for k, x in leaves}
-
-
-def _changes(paths: list[str], saved: dict[str, str], wanted: dict[str, str], most: int = 3) -> str:
-    """What is different about the arrays at `paths`, `most` of them, in a line."""
-    more = f"; and {len(paths) - most} more" if len(paths) > most else ""
-    return "; ".join(f"{path} was {saved[path]}, is {wanted[path]}" for path in paths[:most]) + more
-
-
-def _watched(metrics: Any) -> float:
-    return metrics["watched"]
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -60,11 +43,19 @@ class Checkpoints:
       every: save every so many steps; 0 saves by time, by metric and at the end only.
       every_seconds: save when the last save is longer ago; 0 never saves by time.
       keep: newest checkpoints kept.
-      keep_best: keep the one with the best metric too.
-      read_only: only look: nothing is made, cleaned up or deleted.
+      keep_best: how many of those with the best metric are kept too.
+      keep_every: keep for each multiple of so many steps the checkpoint nearest to it too; 0 none.
+      keep_every_seconds: keep one for so many seconds of training too; 0 none.
+      busy: what a save does that is due while one is still in flight: "wait", or "skip" it.
+      failed: what a save that failed does: "stop" the run, or "go on" without it, in a run of one process.
+      deadline_seconds: a save that takes longer has failed.
+      damaged: what to do about a newest checkpoint whose files are not as they were written: "refuse" to start, or
+        "pass over": move it aside and take the one before.
+      cast: regexes of the paths of floats that may be restored in another float dtype.
+      read_only: only look: nothing is made, cleaned up, moved or deleted.
 
     Raises:
-      UserError: the directory can't be made.
+      UserError: the directory can't be made, or an option can't be had.
     """
 
     def __init__(
@@ -75,151 +66,286 @@ class Checkpoints:
         every: Steps = 0,
         every_seconds: float = 600.0,
         keep: Positive = 2,
-        keep_best: bool = True,
+        keep_best: int = 1,
+        keep_every: Steps = 0,
+        keep_every_seconds: float = 0.0,
+        busy: Literal["wait", "skip"] = "wait",
+        failed: Literal["stop", "go on"] = "stop",
+        deadline_seconds: float = 1200.0,
+        damaged: Literal["refuse", "pass over"] = "refuse",
+        cast: tuple[str, ...] = (),
         read_only: bool = False,
     ) -> None:
-        self.every, self.every_seconds, self.keep_best = every, every_seconds, keep_best
-        self._saved_at = time.monotonic()
-        self._read_only = read_only
-        self._trash = directory / TRASH
-        watched: dict[str, Any] = {"best_fn": _watched, "best_mode": best_mode}  # without it Orbax writes no metrics
-        best = policies.BestN(
-            get_metric_fn=_watched,
-            reverse=best_mode == "min",
-            n=1 if keep_best else 0,
-            keep_checkpoints_without_metrics=False,
-        )
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True, **watched)
-            if read_only
-            else ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-                save_decision_policy=policies.FixedIntervalPolicy(1),
-                # Deleting in place is not atomic: killed half way, it leaves a step that is listed and broken.
-                todelete_subdir=TRASH,
-                cleanup_tmp_directories=True,
-                **watched,
+        if failed == "go on" and peers.count() > 1:
+            raise UserError(
+                "checkpoint.failed='go on' works in a run of one process: of several, one alone may know of a failure. "
+                "Leave it at 'stop'; with --max_restarts the run goes on from the step before."
             )
-        )
+        fitting.compiled(cast, "checkpoint.cast")
+        self.directory, self.best_mode, self.cast = directory.absolute(), best_mode, cast
+        self.every, self.every_seconds, self.keep_best = every, every_seconds, keep_best
+        self.busy, self.failed, self.damaged = busy, failed, damaged
+        self.retention = disk.Retention(keep, keep_best, best_mode, keep_every, keep_every_seconds)
+        self._read_only, self._versions = read_only, versions()
+        self._notes: list[str] = []
+        self._verified: set[int] = set()
         try:
-            if not read_only:
-                directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            if not read_only and peers.me() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._notes += disk.tidy(self.directory)
         except OSError as error:
             raise UserError(f"{directory} can't be written: {error.strerror}. Choose another --workdir.") from error
-        self.best_mode = best_mode
+        self._saving: Saving | None = None
+        # Of the steps that this run saved or found, the last; the others look when process 0 has tidied up.
+        self._newest: int | None = None
+        if not read_only:
+            self._newest = peers.told(self.latest())
+            self._saving = Saving(self.directory, self.retention, deadline_seconds)
+        self._begun = self._saved_at = time.monotonic()
+        self._before = self._seconds_before()
+
+    def _seconds_before(self) -> float:
+        """Seconds of training up to the newest step. Monotonic, and counted on over restarts."""
+        steps = disk.readable(self.directory)
+        return (steps[-1].time - disk.EPOCH).total_seconds() if steps else 0.0
 
     def due(self, step: int) -> bool:
-        """Whether a save is due after `step`, by steps."""
-        return self.every > 0 and step % self.every == 0
+        """Whether a save is due after `step`, by steps; with busy="skip" none is while another is in flight."""
+        if not (self.every > 0 and step % self.every == 0):
+            return False
+        self.check()
+        if self.busy == "skip" and peers.told(self._in_flight is not None):
+            self._skipped(step)
+            return False
+        return True
 
     def late(self) -> bool:
         """Whether a save is due by time (monotonic: a clock that jumps changes nothing)."""
-        return self.every_seconds > 0 and time.monotonic() - self._saved_at >= self.every_seconds
+        late = self.every_seconds > 0 and time.monotonic() - self._saved_at >= self.every_seconds
+        return late and not (self.busy == "skip" and self._in_flight is not None)
 
-    def latest(self) -> int | None:
-        """The newest step on disk."""
-        return self._manager.latest_step()
+    @property
+    def _in_flight(self) -> int | None:
+        return None if self._saving is None else self._saving.step
 
     def steps(self) -> list[int]:
-        """All steps on disk."""
-        return sorted(self._manager.all_steps())
+        """All committed steps on disk, whether their files are whole or not."""
+        return disk.committed(self.directory)
+
+    def latest(self) -> int | None:
+        """The newest committed step on disk."""
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
         """The step with the best metric on disk; None where none has one."""
         sign = 1 if self.best_mode == "min" else -1
-        found = {step: self._manager.metrics(step) for step in self.steps()}
-        scored = [(sign * metrics["watched"], step) for step, metrics in found.items() if metrics]
+        scored = [(sign * s.metrics["watched"], s.step) for s in disk.readable(self.directory) if s.metrics]
         return min(scored)[1] if scored else None
 
+    def good(self) -> int | None:
+        """The newest committed step whose files are as they were written; None where no step is committed.
+
+        Raises:
+          UserError: the newest is damaged and `damaged` is "refuse", or all are; names step and files.
+        """
+        damaged: dict[int, list[str]] = {}
+        steps: list[int] = peers.told(self.steps())
+        for step in reversed(steps):
+            if not (problems := self._problems(step)):
+                self._pass_over(damaged, step)
+                return step
+            if self.damaged == "refuse":
+                raise UserError(self._refusal(step, problems))
+            damaged[step] = problems
+        if damaged:
+            newest = max(damaged)
+            raise UserError(f"all checkpoints are damaged. {self._refusal(newest, damaged[newest])}")
+        return None
+
+    def _problems(self, step: int) -> list[str]:
+        """What is wrong with the files of a step; each process reads its share, and all get the same answer."""
+        if step in self._verified:
+            return []
+        problems = manifest.verify(self.directory / str(step), peers.me(), peers.count())
+        if peers.count() > 1:
+            try:
+                peers.settle("\n".join(problems))
+            except UserError as error:
+                if peers.failed() is not None:  # no answer: another process ended
+                    raise
+                problems = str(error).splitlines()
+        if not problems:
+            self._verified.add(step)
+        return problems
+
+    def _refusal(self, step: int, problems: list[str]) -> str:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        return (
+            f"checkpoint {step} in {str(self.directory)!r} is damaged: {'; '.join(problems[:3])}{more}. Nothing of it "
+            "was read. Put a copy of it in its place (`flaxmodels checkpoint verify` looks at all of them), or go on "
+            "from the newest step that is whole with --config.checkpoint.damaged='pass over'."
+        )
+
+    def _pass_over(self, damaged: Mapping[int, list[str]], good: int) -> None:
+        for step, problems in damaged.items():
+            where = disk.DAMAGED
+            if not self._read_only and peers.me() == 0:
+                moved = disk.move(self.directory / str(step), self.directory / disk.DAMAGED)
+                where = str(moved.relative_to(self.directory))
+            self._notes.append(
+                f"warning: checkpoint {step} is damaged: {problems[0]}"
+                + (f"; and {len(problems) - 1} more" if problems[1:] else "")
+                + ("" if self._read_only else f"; moved to {where}")
+                + f"; going on from step {good}"
+            )
+        if damaged and not self._read_only:
+            self._newest = peers.told(good)
+            self._writer.manager.reload()
+
     def save(
-        self, state: TrainState, step: int, meta: dict[str, Any], watched: float | None = None, *, replace: bool = False
+        self,
+        state: TrainState,
+        step: int,
+        meta: Mapping[str, Any],
+        watched: float | None = None,
+        *,
+        facts: Mapping[str, Any] | None = None,
+        replace: bool = False,
     ) -> None:
-        """Save `state`; returns when its arrays are copied, and writes on in the background.
+        """Save `state`; returns when its arrays are copied, and writes on in the background. One at a time does.
 
         Args:
           state: after `step` updates.
           step: its number.
           meta: JSON data.
           watched: the watched metric of this state, where it was evaluated.
-          replace: write the step again if it is on disk; else that does nothing, as a step has one state.
+          facts: more for the manifest, for whoever looks at it.
+          replace: where the step is on disk, put its `meta`, `watched` and `facts` in the place of those that it has,
+            all at once. Its arrays stay: a step has one state. Without it such a step stays as it is.
 
         Raises:
-          Exception: an earlier save failed in the background.
+          FaultError: this save, or the one before, failed, and `failed` is "stop".
         """
-        if step in self._manager.all_steps():
-            if not replace:
-                return
-            self._manager.delete(step)
-        self.wait()  # for its deletions too: they rename into the folder that is emptied now
-        self._empty_trash()
-        rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.params),
-                rest=ocp.args.StandardSave(rest),
-                meta=ocp.args.JsonSave({**meta, "versions": versions()}),
-            ),
-            metrics=None if watched is None else {"watched": watched},
-        )
-        self._saved_at = time.monotonic()
+        saving = self._writer
+        self._report(saving.wait())
+        mine = {
+            "step": step, "watched": watched, "seconds": self._before + time.monotonic() - self._begun,
+            "meta": {**meta, "versions": self._versions},
+        }  # fmt: skip
+        whole = {**(facts or {}), **mine}
+        if saving.step is not None:
+            self._skipped(step)
+        elif step == self._newest:
+            if replace and peers.me() == 0:
+                before = disk.facts(self.directory, step)["seconds"]
+                manifest.amend(self.directory / str(step), {**whole, "seconds": before})
+        elif self._newest is not None and step < self._newest:
+            raise ValueError(f"step {step} is below the newest one, {self._newest}: discard what comes after it first.")
+        else:
+            self._saved_at = time.monotonic()
+            rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
+            items = {"params": ocp.args.StandardSave(state.params), "rest": ocp.args.StandardSave(rest)}
+            self._newest = step
+            self._verified.discard(step)
+            self._report(saving.begin(step, ocp.args.Composite(**items), whole))
+
+    def check(self) -> None:
+        """See whether the save in flight has ended, and how; cheap. Called after every dispatch.
+
+        Raises:
+          FaultError: it failed, and `failed` is "stop".
+        """
+        if self._saving is not None:
+            self._report(self._saving.look())
+
+    def wait(self) -> None:
+        """Wait for the save in flight.
+
+        Raises:
+          FaultError: it failed, or takes longer than `deadline_seconds`.
+        """
+        if self._saving is None:
+            return
+        error = self._saving.wait()
+        if error is not None or self._saving.step is not None:
+            raise error or self._saving.slow()
+
+    def notes(self) -> list[str]:
+        """Lines for the log that came up since the last call."""
+        if self._saving is not None:
+            self._notes += self._saving.notes
+            self._saving.notes = []
+        found, self._notes = self._notes, []
+        return found
+
+    def discard(self, after: int) -> None:
+        """Delete all steps above `after`, when what is in flight has landed. Raises FaultError, as `wait` does."""
+        self.wait()
+        if peers.me() == 0:
+            disk.delete(self.directory, [step for step in self.steps() if step > after])
+        self._newest = peers.told(self.latest())
+        self._writer.manager.reload()
+
+    @property
+    def _writer(self) -> Saving:
+        if self._saving is None:
+            raise ValueError(f"the checkpoints in {str(self.directory)!r} were opened to be looked at only.")
+        return self._saving
+
+    def _skipped(self, step: int) -> None:
+        self._notes.append(f"step {step} was not saved: {self._saving} is still under way")
+
+    def _report(self, error: FaultError | None) -> None:
+        """Raise an error of a save, or make a note of it and go on."""
+        if error is None:
+            return
+        self._newest = self._in_flight or self.latest()
+        if self.failed == "stop":
+            raise error
+        self._notes.append(f"warning: {str(error).partition('. ')[0]}; going on without it")
 
     def meta(self, step: int) -> dict[str, Any]:
-        """The JSON data that a step on disk was saved with."""
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        return dict(found["meta"])
+        """The JSON data that a committed step was saved with. Raises UserError: its manifest is damaged."""
+        return dict(disk.facts(self.directory, step)["meta"])
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Read a step onto the mesh of `abstract`, whatever mesh it was saved from.
+        """Verify a step, and read it onto the mesh of `abstract`, whatever mesh it was saved from.
 
         Args:
           step: one of the steps on disk.
           abstract: `jax.ShapeDtypeStruct` with shardings, the tree of `state.init`.
 
         Raises:
-          UserError: the checkpoint does not hold such a state.
+          UserError: the checkpoint is damaged, or does not hold such a state.
         """
+        if problems := self._problems(step):
+            raise UserError(self._refusal(step, problems))
         rest = {"step": abstract.step, "extra": abstract.extra, "opt_state": abstract.opt_state}
-        folder = self._manager.directory / str(step)
-        wanted = _described({"params": abstract.params, "rest": rest})
-        try:
-            # Before any array is read: Orbax would cast dtypes silently, and leave reads under way on another shape.
-            reader = ocp.StandardCheckpointHandler()
-            saved = _described({item: reader.metadata(folder / item).tree for item in ("params", "rest")})
-            if changed := [path for path in wanted if path in saved and saved[path] != wanted[path]]:
-                raise ValueError(_changes(changed, saved, wanted))
-            found = self._manager.restore(
-                step,
+        folder, reader = self.directory / str(step), ocp.StandardCheckpointHandler()
+        # Before any array is read: Orbax would cast dtypes silently, and leave reads under way on another shape.
+        saved = {"params": reader.metadata(folder / "params").tree, **reader.metadata(folder / "rest").tree}
+        wanted = {"params": abstract.params, **rest}
+        if lines := fitting.differences(fitting.leaves(saved), fitting.leaves(wanted), self.cast):
+            what = f"checkpoint {step} in {str(self.directory)!r} can't be restored into this model and optimizer"
+            raise UserError(fitting.refusal(what, lines, fitting.fix(lines)))
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reading:
+            found = reading.restore(
+                folder,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardRestore(abstract.params),
                     rest=ocp.args.StandardRestore(rest),
                 ),
             )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise UserError(
-                f"checkpoint {step} in {self._manager.directory} can't be restored into this model and optimizer: "
-                f"{str(error).strip().splitlines()[0]}\n"
-                "Go back to the config that it was trained with, or choose another --workdir."
-            ) from error
         return TrainState(params=found["params"], **found["rest"])
 
-    def check(self) -> None:
-        """Raise the error of a save that failed in the background, if one did."""
-        self._manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Wait for the save in flight; raise its error."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Wait for the save in flight, and let go. Raises its error."""
+        """Wait for the save in flight, and let go.
+
+        Raises:
+          FaultError: it failed, or takes longer than `deadline_seconds`.
+        """
         try:
             self.wait()
-            self._empty_trash()
         finally:
-            self._manager.close()
-
-    def _empty_trash(self) -> None:
-        if not self._read_only and jax.process_index() == 0:
-            shutil.rmtree(self._trash, ignore_errors=True)
+            if self._saving is not None:
+                self._saving.close()
