@@ -1,11 +1,19 @@
 """What a resumed run finds: whose workdir it is, the newest state, and the few numbers that the log depends on."""
 
 import dataclasses
+import functools
+import hashlib
 import json
+import os
+import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from flaxmodels import guard, warm
 from flaxmodels.checkpoint import Checkpoints, versions
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
@@ -16,10 +24,12 @@ from flaxmodels.state import TrainState
 # data is not found by the keys of its section, but by its content (`same_data`).
 FREE_KEYS = (
     "train.log_every", "train.eval_every", "train.patience", "train.steps_per_dispatch", "checkpoint.", "mesh.",
-    "sharding.", "data.", "loss.chunks",
+    "sharding.", "data.", "loss.chunks", "start.", "guard.max_bad_steps", "guard.capsules",
 )  # fmt: skip
 # Fields of `Job.identity` that decide what an evaluation sees.
-EVALUATED = ("source", "options", "content", "test examples", "transforms", "tokenizer")
+EVALUATED = ("source", "options", "content", "test examples", "transforms", "tokenizer", "labels")
+# Fields that decide what a row of an embedding stands for.
+VOCABULARY = ("tokenizer",)
 
 
 @dataclasses.dataclass
@@ -31,12 +41,14 @@ class Memory:
       evaluated: the last step that was evaluated.
       best: the best value of the watched metric.
       stale: evaluations since then.
+      origin: "WORKDIR:STEP" of the checkpoint that the first state was started from; "" where it was new.
     """
 
     pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     evaluated: int = 0
     best: float | None = None
     stale: int = 0
+    origin: str = ""
 
 
 def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,16 +60,72 @@ def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False) -> tuple[TrainState, Memory, str]:
-    """The newest checkpoint, or a fresh state; and how its data differ from the job's, where that is allowed.
+def facts(job: Job, resolved: Mapping[str, Any], parent: int | str | None) -> dict[str, Any]:
+    """What the manifest of a checkpoint says of where it came from, beside `meta`.
+
+    Args:
+      job: of the config.
+      resolved: every key of the config.
+      parent: the checkpoint before it: a step of the same workdir, "WORKDIR:STEP", or None for a new state.
+    """
+    return {
+        "time": time.time(),
+        "parent": parent,
+        "config sha256": _digest(storable(resolved)),
+        "data sha256": _digest(job.identity),
+        "tokenizer": job.identity["tokenizer"],
+        "mesh": dict(job.mesh.shape),
+        "processes": peers.count(),
+        "platform": job.mesh.devices.flat[0].platform,
+        "git": revision(),
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# Seconds. A repository on a network file system that does not answer shall not keep a run from starting.
+GIT_LIMIT = 5.0
+
+
+@functools.cache
+def revision() -> dict[str, Any] | None:
+    """The commit of the working directory, and whether a file that git knows differs from it; None outside of git."""
+    commit = _git("rev-parse", "--verify", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no") if commit else None
+    return {"revision": commit, "dirty": None if changes is None else bool(changes)} if commit else None
+
+
+def _git(*words: str) -> str | None:
+    """What git says; None where there is no git, no repository or no answer in time."""
+    try:
+        done = subprocess.run(
+            ["git", "-c", "core.fsmonitor=false", *words],  # of a repository it could run anything
+            capture_output=True, text=True, timeout=GIT_LIMIT, check=True, stdin=subprocess.DEVNULL,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},  # to look changes nothing
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return None
+    return done.stdout.strip()
+
+
+def start(
+    job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False
+) -> tuple[TrainState, Memory, tuple[str, ...]]:
+    """The newest good checkpoint; where there is none, the state that the section `start` asks for, or a fresh one.
+
+    Returns:
+      (state, memory, lines for the log: what is not as it was when the checkpoint was saved).
 
     Raises:
-      UserError: the newest step is beyond the end of the run, does not fit the model, or was trained on other data.
+      UserError: the newest step is beyond the end of the run, does not fit the model, or was trained on other data or
+        another vocabulary; or what the section `start` asks for is not there.
     """
-    newest = checkpoints.latest()
+    newest = checkpoints.good()
     peers.compare({"checkpoint": {"newest step on disk": newest}})
     if newest is None:
-        return job.fresh(), Memory(), ""
+        return _begin(job, allow_data_change=allow_data_change)
     if newest > job.total_steps:
         raise UserError(
             f"train.duration is {job.total_steps} steps, but the workdir is at step {newest} already: "
@@ -74,7 +142,37 @@ def start(job: Job, checkpoints: Checkpoints, *, allow_data_change: bool = False
     memory = Memory(**{key: value for key, value in found["memory"].items() if key in known})
     if data_changes(job, found, EVALUATED):  # what was best was so on other data
         memory = dataclasses.replace(memory, best=None, stale=0)
-    return checkpoints.restore(newest, job.abstract), memory, changes
+    notes = [f"going on with other data: {changes}"] * bool(changes) + version_changes(found)
+    return checkpoints.restore(newest, job.abstract), memory, tuple(notes)
+
+
+def _begin(job: Job, *, allow_data_change: bool) -> tuple[TrainState, Memory, tuple[str, ...]]:
+    """The state of a run that has no checkpoint of its own."""
+    if job.origin.workdir is None:
+        return jax.block_until_ready(job.fresh()), Memory(), ()  # where it does not fit, that is said here
+    entry = warm.find(job.origin)
+    # Other data are what a new run is for; but what was learnt of one vocabulary says nothing of another.
+    changes = data_changes(job, entry.meta, VOCABULARY)
+    if changes and not allow_data_change:
+        raise UserError(
+            f"start.workdir: {entry} was trained with another vocabulary: {changes}. "
+            "Use its tokenizer, or start from it all the same with --allow_data_change."
+        )
+    begun = warm.begin(job.origin, entry, job.fresh, job.abstract, guard.init_of(job.tx, job.guard).init)
+    notes = [f"going on with another vocabulary: {changes}"] * bool(changes) + version_changes(entry.meta)
+    return begun.state, Memory(origin=begun.origin), (*begun.notes, *notes)
+
+
+def version_changes(found: Mapping[str, Any]) -> list[str]:
+    """A line for the log where versions of libraries are not those of a checkpoint: its numbers may differ a little.
+
+    Args:
+      found: the meta of the checkpoint.
+    """
+    old, now = found.get("versions", {}), versions()
+    differ = [name for name in {**old, **now} if old.get(name) != now.get(name)]
+    said = "; ".join(f"{name} was {old.get(name, 'not there')}, is {now.get(name, 'not there')}" for name in differ)
+    return [f"warning: other versions than those that the checkpoint was saved with: {said}"] if differ else []
 
 
 def data_changes(job: Job, found: Mapping[str, Any], fields: Sequence[str] = ()) -> str:
@@ -83,10 +181,11 @@ def data_changes(job: Job, found: Mapping[str, Any], fields: Sequence[str] = ())
     Args:
       job: of the config.
       found: the meta of the checkpoint.
-      fields: of `Job.identity` to compare; () compares all.
+      fields: of `Job.identity` to compare; () compares all that the checkpoint knows of.
     """
     old, now = found.get("data", {}), job.identity
-    differ = [name for name in fields or now if old.get(name) != now[name]]
+    # What older versions did not write down is not a change; but nothing at all would be.
+    differ = [name for name in fields or now if old.get(name) != now[name] and (name in old or not old)]
     return "; ".join(f"{name} was {old.get(name)!r}, is {now[name]!r}" for name in differ)
 
 
