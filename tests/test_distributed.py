@@ -2,8 +2,10 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -15,7 +17,7 @@ import pytest
 
 from flaxmodels import sharding
 from flaxmodels.registry import UserError
-from flaxmodels.runtime import agreement, cluster, distributed, exits, peers, roll_call, sameness
+from flaxmodels.runtime import agreement, cluster, distributed, exits, peers, pulse, roll_call, sameness
 from flaxmodels.runtime.cluster import Place
 from flaxmodels.runtime.exits import FaultError
 from flaxmodels.runtime.place import add_flags, place_of
@@ -155,7 +157,9 @@ def test_places_that_can_not_be(words, environment, message):
         place_of(flags(*words), environment)
 
 
-@pytest.mark.parametrize("word", ["--num_processes=0", "--process_id=-1", "--init_timeout=0", "--heartbeat_timeout=x"])
+@pytest.mark.parametrize(
+    "word", ["--num_processes=0", "--process_id=-1", "--init_timeout=0", "--heartbeat_timeout=x", "--stuck_after=no"]
+)
 def test_flags_that_can_not_be(word, capsys):
     with pytest.raises(SystemExit):
         flags(word)
@@ -182,11 +186,18 @@ def met(port, *who, timeout=20.0, first=lambda: None):
     def call(processes, process):
         if process:
             first()
-        roll_call.meet(("localhost", port), processes, process, timeout)
-        if process:
-            left.wait(20)
-            return
-        with socket.create_server(("localhost", port)):  # stands in for JAX's service, which takes the port over
+        with contextlib.ExitStack() as stack:
+            ties = roll_call.meet(("localhost", port), processes, process, timeout)
+            for tie in ties.values():
+                stack.enter_context(tie.connection)
+            if not process:  # stands in for JAX's service, which takes the port over
+                stack.enter_context(socket.create_server(("localhost", port)))
+            assert set(ties) == ({0} if process else set(range(1, processes)))
+            for tie in ties.values():
+                assert tie.who.endswith(f", pid {os.getpid()}")
+                tie.connection.sendall(b"%d" % process)
+            for number, tie in ties.items():
+                assert tie.connection.recv(1) == b"%d" % number
             left.wait(20)
 
     return together(*(lambda pair=pair: call(*pair) for pair in who))
@@ -351,6 +362,52 @@ def test_only_the_first_error_is_reported(processes):
 )
 def test_exit_codes(error, code):
     assert exits.code_of(error) == code
+
+
+def test_the_failure_of_an_earlier_run_is_not_of_the_next(monkeypatch):
+    """In processes that go on after an error, such as those of notebooks."""
+    store = Store()
+    monkeypatch.setattr(peers, "_store", lambda: store)
+    monkeypatch.setattr(peers, "_RUN", 0)
+    monkeypatch.setattr(peers, "_COUNT", 3)
+    monkeypatch.setattr(peers, "me", lambda: 1)
+    peers.begin()
+    before = peers._unique("told")
+    peers.report(ValueError("mine"))
+    monkeypatch.setattr(peers, "me", lambda: 0)
+    assert str(peers.failed()).endswith("failed: ValueError: mine")
+    peers.begin()  # here process 0 is ahead of process 1
+    assert peers.failed() is None
+    peers.begin()
+    assert peers._unique("told") != before and peers._COUNT == 1
+    monkeypatch.setattr(peers.pulse, "_current", object())  # the processes of a command end with the first error
+    peers.begin()
+    assert peers._COUNT == 1
+
+
+def test_a_signal_that_ended_another_process_is_one_here(processes):
+    def signalled():
+        with peers.telling():
+            raise exits.SignalledError("SIGTERM: nothing had been computed yet", signal.SIGTERM)
+
+    waits, _ = processes(lambda: peers.compare({}, limit=20), signalled)
+    assert isinstance(waits, exits.SignalledError) and exits.code_of(waits) == 143
+    assert str(waits).startswith("process 1 (") and str(waits).endswith(") SIGTERM: nothing had been computed yet")
+
+
+@pytest.mark.parametrize("heartbeat", [1.0, 60.0, 600.0])
+def test_our_heartbeat_is_first(monkeypatch, heartbeat):
+    """That of JAX aborts the process without a message."""
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where, **options: given.update(options))
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    distributed.start(Place("localhost:1", 2, 0), 30.0, heartbeat)
+    assert given["heartbeat_timeout_seconds"] > heartbeat + 2 * pulse.TICK + pulse.WORDS + pulse.LAST
+
+
+def test_how_long_nothing_may_move_is_a_flag():
+    assert flags().stuck_after is None and flags("--stuck_after=30").stuck_after == 30
+    assert flags("--stuck_after=off").stuck_after == math.inf
 
 
 def test_leaving(processes):

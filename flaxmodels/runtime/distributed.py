@@ -1,7 +1,7 @@
 """Several processes: start `jax.distributed` with time limits and clear errors, and leave together.
 
 Read `joined`, which is put around all of a command. `place` says which process this is; `roll_call`, who is missing;
-`peers` is how the processes talk once JAX has started.
+`peers` is how the processes talk once JAX has started; `pulse` knows who died, froze or is stuck.
 """
 
 import argparse
@@ -11,29 +11,29 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 
-from flaxmodels.registry import UserError
-from flaxmodels.runtime import exits, peers, roll_call
+from flaxmodels.runtime import exits, peers, progress, pulse, roll_call
 from flaxmodels.runtime.cluster import Place
-from flaxmodels.runtime.exits import FaultError
+from flaxmodels.runtime.exits import SignalledError
 from flaxmodels.runtime.place import host_and_port, place_of
 
 # Seconds that a process with an error waits for the others to end as well, before it ends them: bad input is found by
 # all alike, within a moment.
 GRACE = 10.0
+PAUSE = 0.2
 
 
-def start(place: Place, init_timeout: float = 300.0, heartbeat_timeout: float = 100.0) -> None:
-    """Meet the other processes and start `jax.distributed`. Before JAX looks for devices.
+def start(place: Place, init_timeout: float = 300.0, heartbeat_timeout: float = 60.0) -> None:
+    """Start `jax.distributed`, once the processes have met. Before JAX looks for devices.
 
-    Raises:
-      UserError: two processes have one number, or they count differently; the port is taken.
-      FaultError: not all came in time; the message says who is missing.
+    Args:
+      place: of this process.
+      init_timeout: seconds for all to come, and at the end for all to leave.
+      heartbeat_timeout: of `pulse`. JAX's own, which aborts a process without a word, is longer.
     """
-    deadline = time.monotonic() + init_timeout
-    roll_call.meet(host_and_port(place.address), place.processes, place.process, init_timeout)
     _threads_for_gloo()
     # It would catch SIGTERM before there is anything to save; `agreement` is how the processes stop together.
     jax.config.update("jax_enable_preemption_service", False)
@@ -43,8 +43,8 @@ def start(place: Place, init_timeout: float = 300.0, heartbeat_timeout: float = 
         place.process,
         local_device_ids=place.local_device_ids,
         cluster_detection_method="deactivate",
-        initialization_timeout=max(int(deadline - time.monotonic()), 10),
-        heartbeat_timeout_seconds=int(heartbeat_timeout),
+        initialization_timeout=int(init_timeout),
+        heartbeat_timeout_seconds=int(2 * heartbeat_timeout + 30),
         shutdown_timeout_seconds=int(init_timeout),
     )
 
@@ -58,16 +58,16 @@ def _threads_for_gloo() -> None:
 
 
 @contextlib.contextmanager
-def joined(flags: argparse.Namespace) -> Iterator[bool]:
-    """Around all that a command does: join the other processes of the run, and leave with them.
+def joined(flags: argparse.Namespace, workdir: Path | None = None) -> Iterator[bool]:
+    """Around all that a command does: join the other processes of the run, watch that all get on, leave with them.
 
     At the end all wait for each other; so they do after an error that all find, such as bad input. An error of one
-    process alone ends all: each prints it, and leaves with the exit code of such an error. A process that is killed
-    can't tell: then JAX ends the others within `--heartbeat_timeout`, by SIGABRT. In a process that is alone nothing
-    of this happens.
+    process alone ends all: each prints it, and leaves with the exit code of such an error. One that dies, freezes or is
+    stuck ends all as well, each with a message that names it: see `pulse`. A process that is alone is watched, too.
 
     Args:
       flags: with those of `place.add_flags`, and `debug`.
+      workdir: where a process that is stuck writes where its threads stand; None writes that to stderr alone.
 
     Yields:
       Whether this process is the one to print.
@@ -78,32 +78,28 @@ def joined(flags: argparse.Namespace) -> Iterator[bool]:
     """
     place = place_of(flags, os.environ)
     if place is None:
-        yield True
+        with pulse.opened({}, 0, flags.heartbeat_timeout, flags.stuck_after, workdir):
+            yield True
         return
-    start(place, flags.init_timeout, flags.heartbeat_timeout)
-    leaving = threading.Event()
-    threading.Thread(target=_watch, args=(leaving, flags.debug), name="peers", daemon=True).start()
-    try:
-        yield place.process == 0
-        peers.leave(flags.init_timeout)
-    except BaseException as error:
+    deadline = time.monotonic() + flags.init_timeout
+    ties = roll_call.meet(host_and_port(place.address), place.processes, place.process, flags.init_timeout)
+    with pulse.opened(ties, place.process, flags.heartbeat_timeout, flags.stuck_after, workdir) as beat:
+        start(place, max(deadline - time.monotonic(), 10.0), flags.heartbeat_timeout)
+        leaving = threading.Event()
+        threading.Thread(target=_watch, args=(leaving, beat, flags.debug), name="peers", daemon=True).start()
+        try:
+            yield place.process == 0
+            with progress.phase("end"):
+                peers.leave(flags.init_timeout)
+        except BaseException as error:
+            leaving.set()
+            cause = peers.cause(error)
+            if not _leave_with(cause):
+                exits.leave(cause, debug=flags.debug)
+            jax.distributed.shutdown()
+            raise cause from (None if cause is error else error)
         leaving.set()
-        cause = _cause(error)
-        if not _leave_with(cause):
-            exits.leave(cause, debug=flags.debug)
         jax.distributed.shutdown()
-        raise cause from (None if cause is error else error)
-    leaving.set()
-    jax.distributed.shutdown()
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What JAX raises here because another process has gone, such as a closed connection, is that one's error."""
-    if isinstance(error, UserError | FaultError):
-        return error
-    with contextlib.suppress(jax.errors.JaxRuntimeError):
-        return peers.failed() or error
-    return error
 
 
 def _leave_with(error: BaseException) -> bool:
@@ -115,14 +111,15 @@ def _leave_with(error: BaseException) -> bool:
     return False
 
 
-def _watch(leaving: threading.Event, debug: bool) -> None:
-    """End this process some time after another one failed, if it does not come to leave by itself.
+def _watch(leaving: threading.Event, beat: pulse.Pulse, debug: bool) -> None:
+    """End this process some time after one failed, if it does not come to leave by itself.
 
-    It may be waiting for the other in a collective, where no exception reaches it.
+    It may be waiting for the other in a collective, where no exception reaches it; or, where the error is its own, for
+    others that have gone. A signal that ends the run at once leaves nothing to wait for.
     """
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone: JAX ends this one
-        while not leaving.wait(1.0):
-            error = peers.failed()
-            if error is not None and not leaving.wait(GRACE):
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone
+        while not leaving.wait(PAUSE):
+            error = peers.failed() or (peers.reported() if beat.deserted() else None)
+            if error is not None and (isinstance(error, SignalledError) or not leaving.wait(GRACE)):
                 peers.cut()
                 exits.leave(error, debug=debug)

@@ -1,11 +1,11 @@
 """What processes of one run tell each other before and after training: facts that must agree, and errors.
 
 Through the key-value store of JAX's coordination service, so no device is needed and every wait has a limit. While
-one waits it sees the error of another, in place of a time limit. In a process that is alone all of this does nothing.
+one waits it sees the error of another, in place of a time limit; errors go through `pulse`, where one is open, which
+also ends the process when another one dies. In a process that is alone all of this does nothing.
 """
 
 import contextlib
-import itertools
 import json
 import socket
 import time
@@ -16,13 +16,14 @@ import jax
 from jax._src import distributed  # the only way to the key-value store: JAX has no public one
 
 from flaxmodels.registry import UserError
-from flaxmodels.runtime import exits
-from flaxmodels.runtime.exits import BAD_INPUT, FaultError
+from flaxmodels.runtime import exits, pulse
+from flaxmodels.runtime.exits import FaultError, SignalledError
 
 # Seconds. Reading a data set takes some processes longer than others.
 LIMIT = 1800.0
 PAUSE = 0.05
 LAST = 5.0  # for the others, once one process ends at once
+CAUSE = 2.0  # for the news of what made a collective fail, which may come later than its failure
 MOST = 5  # differences in a message
 WELL, CUT = "well", "cut"  # how a process leaves: together with the others, or at once
 
@@ -31,7 +32,18 @@ Facts = Mapping[str, Mapping[str, Any]]
 OPAQUE = ("file", "program")
 
 T = TypeVar("T")
-_COUNT = itertools.count()
+_RUN, _COUNT = 0, 0  # runs that this process has begun; questions since then
+_reported: BaseException | None = None
+
+
+def begin() -> None:
+    """A new run begins in these processes, of which each calls this: what an earlier one left behind is not of it.
+
+    Where a `pulse` is open there is no earlier one that failed: the processes ended with it.
+    """
+    global _RUN, _COUNT
+    if pulse.current() is None:
+        _RUN, _COUNT = _RUN + 1, 0
 
 
 def me() -> int:
@@ -88,17 +100,23 @@ def settle(problem: str, limit: float = LIMIT) -> None:
       UserError: the problems of all processes.
       FaultError: a process failed meanwhile, or did not answer in time.
     """
-    if count() == 1:
-        if problem:
-            raise UserError(problem)
-        return
-    about = _unique("verdict")
-    _set(f"{about}/{me()}", problem)
-    found = _everyone(about, limit)
-    problems = [text for _, text in sorted(found.items(), key=lambda item: int(item[0])) if text]
+    problems = list(filter(None, gathered(problem, limit)))
     if problems:
         more = f"\n{len(problems) - MOST} more processes differ" if len(problems) > MOST else ""
         raise UserError("\n".join(problems[:MOST]) + more)
+
+
+def gathered(text: str, limit: float = LIMIT) -> list[str]:
+    """The texts that all processes call this with, in their order; all processes call it.
+
+    Raises:
+      UserError or FaultError: a process failed meanwhile, or did not answer within `limit` seconds.
+    """
+    if count() == 1:
+        return [text]
+    about = _unique("gathered")
+    _set(f"{about}/{me()}", text)
+    return [found for _, found in sorted(_everyone(about, limit).items(), key=lambda item: int(item[0]))]
 
 
 def differences(facts: Facts, first: Facts) -> str:
@@ -115,21 +133,50 @@ def differences(facts: Facts, first: Facts) -> str:
 
 def failed() -> UserError | FaultError | None:
     """The error that the first other process reported, as this one should raise it; None if none did."""
-    others = {number: text for number, text in _all("failed").items() if int(number) != me()}
+    beat = pulse.current()
+    said = beat.failures if beat else {int(key): json.loads(text) for key, text in _all(f"failed/{_RUN}").items()}
+    others = [number for number in said if number != me()]
     if not others:
         return None
-    number = min(others, key=int)
-    said = json.loads(others[number])
-    kind = UserError if said["code"] == BAD_INPUT else FaultError
-    return kind(f"process {number} ({said['host']}) failed: {said['text']}")
+    first = said[min(others)]
+    error = exits.from_code(first["code"], first["text"])
+    failed = "" if isinstance(error, SignalledError) else "failed: "
+    return exits.from_code(first["code"], f"process {min(others)} ({first['host']}) {failed}{first['text']}")
 
 
 def report(error: BaseException) -> None:
     """Tell the others that this process ends with an error."""
+    global _reported
+    _reported = error
     text = str(error).strip() or type(error).__name__
     text = text if isinstance(error, UserError | FaultError) else f"{type(error).__name__}: {text}"
     said = {"host": socket.gethostname(), "text": text, "code": exits.code_of(error)}
-    _set(f"failed/{me()}", json.dumps(said))
+    if (beat := pulse.current()) is not None:
+        beat.report(said)
+    else:
+        _set(f"failed/{_RUN}/{me()}", json.dumps(said))
+
+
+def reported() -> BaseException | None:
+    """The error of this process that the others were told of."""
+    return _reported
+
+
+def cause(error: BaseException) -> BaseException:
+    """What JAX raises here because another process has gone, such as a closed connection, is that one's error.
+
+    Where that one died without a word, `pulse` ends this one meanwhile.
+    """
+    if isinstance(error, UserError | FaultError) or count() == 1:
+        return error
+    # It comes as an error of many types, and its news may take a moment longer.
+    new = isinstance(error, Exception) and _reported is None and pulse.current() is not None
+    deadline = time.monotonic() + (CAUSE if new else 0)
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone, and the store with it
+        while (found := failed()) is None and time.monotonic() < deadline:
+            time.sleep(PAUSE)
+        return found or error
+    return error
 
 
 @contextlib.contextmanager
@@ -140,7 +187,7 @@ def telling() -> Iterator[None]:
     except BaseException as error:
         if count() > 1:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone, and the store with it
-                if failed() is None:  # else this may well be a consequence of it
+                if cause(error) is error and failed() is None:  # else this may well be a consequence of it
                     report(error)
         raise
 
@@ -160,7 +207,7 @@ def leave_with_error(limit: float) -> bool:
     _set(f"left/{me()}", WELL)
     deadline = time.monotonic() + limit
     while len(found := _all("left")) < count() and CUT not in found.values():
-        if time.monotonic() > deadline:
+        if time.monotonic() > deadline or ((beat := pulse.current()) is not None and beat.deserted()):
             return False
         time.sleep(PAUSE)
     if CUT not in found.values():
@@ -216,7 +263,9 @@ def _wait(get: Callable[[], T | None], limit: float, who: Callable[[], str]) -> 
 
 def _unique(about: str) -> str:
     """A key of its own for each comparison: all processes make them in one order."""
-    return f"{next(_COUNT)}-{about}"
+    global _COUNT
+    _COUNT += 1
+    return f"{_RUN}-{_COUNT}-{about}"
 
 
 def _set(key: str, value: str) -> None:

@@ -33,7 +33,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="to find each other, and to end together (300)",
     )
     group.add_argument(
-        "--heartbeat_timeout", type=_seconds, default=100.0, metavar="S", help="until a silent one counts as dead (100)"
+        "--heartbeat_timeout", type=_seconds, default=60.0, metavar="S", help="until a silent one counts as dead (60)"
+    )
+    parser.add_argument(
+        "--stuck_after",
+        type=_patience,
+        metavar="S",
+        help="seconds in which a dispatch of training, from the second on, or a batch of an evaluation must end, else "
+        "the run is stuck and ends; off: for ever, as all else (default: 20 times the slowest so far, at least 45 s)",
     )
 
 
@@ -61,6 +68,10 @@ def _seconds(text: str) -> float:
     if not 1 <= seconds <= 86400:
         raise argparse.ArgumentTypeError(f"{text!r} is no time limit: expected seconds, from 1 to 86400")
     return seconds
+
+
+def _patience(text: str) -> float:
+    return math.inf if text == "off" else _seconds(text)
 
 
 def place_of(flags: argparse.Namespace, environment: Mapping[str, str]) -> Place | None:

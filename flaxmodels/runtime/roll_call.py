@@ -2,16 +2,17 @@
 
 JAX's own start does not say: it ends a process from within C++, with no error that Python could catch, when one is
 missing, comes twice, or counts otherwise. So before it, at the very address it will use, process 0 listens, and the
-others say who they are, a line of JSON each. Then all get the same answer.
+others say who they are, a line of JSON each. Then all get the same answer, and the connections stay open for `pulse`.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import selectors
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flaxmodels.registry import UserError
@@ -23,7 +24,20 @@ PAUSE = 0.2  # seconds between attempts
 HELLO = {"process", "processes", "host", "pid"}
 
 
-def meet(address: tuple[str, int], processes: int, process: int, timeout: float) -> None:
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """What is left of the roll call between two processes.
+
+    Attributes:
+      connection: open; whoever has it closes it.
+      who: the other one, "HOST, pid NUMBER".
+    """
+
+    connection: socket.socket
+    who: str
+
+
+def meet(address: tuple[str, int], processes: int, process: int, timeout: float) -> dict[int, Tie]:
     """Wait until all processes of the run have come.
 
     Args:
@@ -32,18 +46,20 @@ def meet(address: tuple[str, int], processes: int, process: int, timeout: float)
       process: which this one is.
       timeout: seconds.
 
+    Returns:
+      By number: in process 0, all others; in these, process 0.
+
     Raises:
       UserError: two processes have the same number, or another idea of how many there are; the port is taken.
       FaultError: not all came in time. The message says which are missing, and who is here.
     """
     deadline = time.monotonic() + timeout
     if process == 0:
-        _host(address, processes, timeout, deadline)
-    else:
-        _guest(address, processes, process, timeout, deadline)
+        return _host(address, processes, timeout, deadline)
+    return {0: _guest(address, processes, process, timeout, deadline)}
 
 
-def _host(address: tuple[str, int], processes: int, timeout: float, deadline: float) -> None:
+def _host(address: tuple[str, int], processes: int, timeout: float, deadline: float) -> dict[int, Tie]:
     """Process 0: listen until all are there, or one is wrong, or the time is over; and tell all."""
     here = {0: f"{socket.gethostname()}, pid {os.getpid()}"}
     with contextlib.ExitStack() as guests:
@@ -51,7 +67,7 @@ def _host(address: tuple[str, int], processes: int, timeout: float, deadline: fl
             waiting, problem = _gather(listener, guests, here, processes, deadline)
         # No longer listening: JAX takes the port over.
         missing = [number for number in range(processes) if number not in here]
-        said = {"error": problem} if problem else {}
+        said = {"error": problem} if problem else {"host": here[0]}
         if missing and not problem:
             absent = f"{len(missing)} of {processes} processes did not come within {timeout:g} s: {_listed(missing)}"
             present = "; ".join(f"{number} on {who}" for number, who in sorted(here.items())[:MOST])
@@ -59,12 +75,13 @@ def _host(address: tuple[str, int], processes: int, timeout: float, deadline: fl
         for guest in waiting:
             with contextlib.suppress(OSError):
                 guest.sendall(json.dumps(said).encode() + b"\n")
-    _obey(said)
+        _obey(said)
+        return {number: Tie(guest.dup(), here[number]) for guest, number in waiting.items()}
 
 
 def _gather(
     listener: socket.socket, guests: contextlib.ExitStack, here: dict[int, str], processes: int, deadline: float
-) -> tuple[Iterable[socket.socket], str]:
+) -> tuple[Mapping[socket.socket, int], str]:
     """Fill `here`, number -> who it is, until all are there; the connections that wait, and what is wrong, if it is."""
     waiting = dict[socket.socket, int]()
     with selectors.DefaultSelector() as selector:
@@ -101,25 +118,27 @@ def _wrong(hello: dict[str, Any], here: dict[int, str], processes: int) -> str:
     return ""
 
 
-def _guest(address: tuple[str, int], processes: int, process: int, timeout: float, deadline: float) -> None:
+def _guest(address: tuple[str, int], processes: int, process: int, timeout: float, deadline: float) -> Tie:
     """The others: find process 0, say who this is, wait for the answer, then for JAX's service to be there."""
     hello = {"process": process, "processes": processes, "host": socket.gethostname(), "pid": os.getpid()}
-    where, answered = f"{address[0]}:{address[1]}", False
-    reason = "no answer"
+    where, reason = f"{address[0]}:{address[1]}", "no answer"
+    tie: Tie | None = None
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection(address, timeout=min(left, 5)) as connection:
-                if answered:
-                    return
+                if tie:
+                    return tie
                 connection.sendall(json.dumps(hello).encode() + b"\n")
                 connection.settimeout(left + 5)  # process 0 may have begun to wait a little later
                 said = _read(connection)
-            if said is not None:
-                _obey(said)
-                answered = True
+                if said is not None:
+                    _obey(said)
+                    tie = Tie(connection.dup(), said["host"])
         except OSError as error:
             reason = error.strerror or str(error)
-        time.sleep(PAUSE if not answered else PAUSE / 10)
+        time.sleep(PAUSE / 10 if tie else PAUSE)
+    if tie:
+        tie.connection.close()
     raise FaultError(
         f"process {process} of {processes} could not reach process 0 at {where} within {timeout:g} s: {reason}. "
         "Is process 0 started, is the address its own, and is the port open between the hosts?"
@@ -150,14 +169,17 @@ def _listening(address: tuple[str, int]) -> Iterator[socket.socket]:
 
 
 def _read(connection: socket.socket) -> dict[str, Any] | None:
-    """The line that a process sends, or None where the connection ended or brought something else."""
+    """The line that a process sends, or None where the connection ended or brought something else.
+
+    What comes after it, of `pulse`, stays to be read.
+    """
     data = b""
     try:
         while not data.endswith(b"\n") and len(data) < LONGEST:
-            part = connection.recv(LONGEST)
+            part = connection.recv(LONGEST - len(data), socket.MSG_PEEK)
             if not part:
                 return None
-            data += part
+            data += connection.recv(part.find(b"\n") + 1 or len(part))
         found = json.loads(data)
     except (OSError, ValueError):
         return None

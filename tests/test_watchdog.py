@@ -1,0 +1,186 @@
+"""How long nothing has moved, how long it may, and which process holds up a run."""
+
+import contextlib
+import math
+import queue
+import threading
+
+import pytest
+
+from flaxmodels.runtime import progress, watchdog
+from flaxmodels.runtime.watchdog import LEAST, LIMITS, SLOWER, Standing, Watch
+
+
+@pytest.fixture(autouse=True)
+def new_run():
+    progress.reset()
+    yield
+    progress.reset()
+
+
+def ticks(watch, count):
+    """The standing after so many seconds."""
+    return [watch.tick(1.0) for _ in range(count)][-1]
+
+
+def test_outside_of_all_phases_there_is_no_limit():
+    assert ticks(Watch(), 10).limit == math.inf
+
+
+@pytest.mark.parametrize("name", progress.PHASES)
+def test_every_phase_has_a_limit(name):
+    with progress.phase(name):
+        watch = Watch()
+        assert ticks(watch, 6).stalled == 5 and ticks(watch, 1).limit == LIMITS[name]
+        progress.beat()
+        assert watch.tick(1.0).stalled == 0
+
+
+def test_training_is_measured_by_its_slowest_step():
+    watch = Watch()
+    with progress.phase("training"):
+        assert ticks(watch, 31).limit == LIMITS["training"]
+        progress.beat(1)
+        assert ticks(watch, 3).limit == LEAST  # the first dispatch is no measure
+        progress.beat(2)
+        assert ticks(watch, 6).limit == LEAST > SLOWER * 2
+        progress.beat(3)
+        assert watch.tick(1.0).limit == SLOWER * 5
+        with progress.phase("save"):
+            assert ticks(watch, 100).limit == LIMITS["save"]
+        assert watch.tick(1.0).limit == SLOWER * 5
+        with progress.phase("data"):
+            assert watch.tick(1.0).limit == SLOWER * 5
+
+
+def test_data_before_the_first_step_take_their_time():
+    with progress.phase("data"):
+        assert ticks(Watch(), 3).limit == LIMITS["data"]
+
+
+def test_evaluation_is_measured_with_its_first_batch():
+    """Each evaluation starts to read its data anew."""
+    watch = Watch()
+    with progress.phase("evaluation"):
+        assert ticks(watch, 11).limit == LIMITS["evaluation"]
+        progress.beat()
+        assert watch.tick(1.0).limit == SLOWER * 10
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(3.0, 3.0), (500.0, 500.0), (math.inf, math.inf)])
+def test_what_the_user_asks_for(asked, expected):
+    watch = Watch(asked)
+    with progress.phase("compile"):
+        assert watch.tick(1.0).limit == (math.inf if asked == math.inf else LIMITS["compile"])
+    with progress.phase("evaluation"):
+        assert watch.tick(1.0).limit == expected
+    with progress.phase("training"):
+        assert watch.tick(1.0).limit == (math.inf if asked == math.inf else LIMITS["training"])
+        progress.beat(1)
+        assert watch.tick(1.0).limit == expected
+
+
+def at(step, stalled=0.0, limit=45.0, *, waits=False, beats=10, phase="training"):
+    return Standing(phase, step, beats, stalled, limit, waits, "feed.py:7 in read")
+
+
+@pytest.mark.parametrize(
+    ("standings", "expected"),
+    [
+        ({0: at(40)}, None),
+        ({0: at(40, 46)}, 0),
+        ({0: at(41, 46, waits=True), 1: at(40, 46)}, 1),
+        ({0: at(40, 46), 1: at(40, 46, waits=True)}, 0),  # at one step, who does not wait
+        ({0: at(40, 46, waits=True), 1: at(40, 46, waits=True, beats=9)}, 1),  # all wait: who has come least far
+        ({0: at(40, 46, waits=True), 1: at(40, 46, 3600, phase="save")}, None),  # it is given its own time
+        ({0: at(40, 46, waits=True), 1: at(40, 1)}, None),  # it moves
+        ({0: at(1, 46, waits=True), 1: at(None, 46, 3600, phase="compile")}, None),
+        ({0: at(40, 46, waits=True), 1: at(40, 46), 2: at(40, 46, waits=True)}, 1),
+        ({0: at(40, 1e9, math.inf, phase="")}, None),
+    ],
+)
+def test_the_laggard(standings, expected):
+    assert watchdog.laggard(standings) == expected
+
+
+def test_what_is_said_of_it():
+    said = watchdog.explain(1, {0: at(41, 46, waits=True), 1: at(40, 46.4)}, "process 1 (node7, pid 3)")
+    assert said == (
+        "process 1 (node7, pid 3) is stuck in phase 'training' at step 40: nothing has moved there for 46 s, and 45 s "
+        "is the limit. It stands at feed.py:7 in read. The others wait for it: process 0 in phase 'training' at step "
+        "41. Where that is as it should be, --stuck_after=SECONDS gives it more time."
+    )
+    alone = watchdog.explain(0, {0: at(40, 46)}, "")
+    assert alone.startswith("this process is stuck in phase 'training' at step 40") and "others" not in alone
+    many = watchdog.explain(1, {n: at(40, 46, waits=True) for n in range(20)}, "process 1")
+    assert "No process gets on; this one has come least far: process 0 in" in many and many.count(" in phase ") == 9
+    assert "and 11 more" in many
+
+
+@contextlib.contextmanager
+def seen_from_a_thread():
+    """What `stands` says while the main thread is inside."""
+    found, asked, answered = [], threading.Event(), threading.Event()
+
+    def look():
+        asked.wait(10)
+        found.append(watchdog.stands())
+        answered.set()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    yield asked, answered, found
+    thread.join()
+
+
+def test_where_the_main_thread_stands():
+    with seen_from_a_thread() as (asked, answered, found):
+        asked.set()
+        answered.wait(10)  # of threading.py: what matters is who called it
+    (waits, where) = found[0]
+    assert not waits and where.startswith("tests/test_watchdog.py:") and "in test_where_the_main_thread_stands" in where
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("/lib/python3.11/site-packages/jax/_src/array.py", True),
+        ("/lib/python3.11/site-packages/orbax/checkpoint/multihost.py", True),
+        ("/somewhere/flaxmodels/runtime/peers.py", True),
+        ("/somewhere/flaxmodels/runtime/peers.py.py", False),
+        ("/somewhere/flaxmodels/data/feed.py", False),
+    ],
+)
+def test_who_waits_for_others_is_known_by_the_file(file, expected):
+    def wait(event):
+        event.wait(10)
+
+    wait.__code__ = wait.__code__.replace(co_filename=file)
+    with seen_from_a_thread() as (asked, answered, found):
+        asked.set()
+        wait(answered)
+    assert found[0][0] == expected and found[0][1].startswith("/".join(file.split("/")[-2:]))
+
+
+def test_who_waits_for_its_data_does_not_wait_for_devices():
+    with seen_from_a_thread() as (asked, _, found):
+        asked.set()
+        with contextlib.suppress(queue.Empty):
+            queue.Queue().get(timeout=0.2)
+    assert not found[0][0] and "test_watchdog" in found[0][1]
+
+
+def test_stacks_of_all_threads(tmp_path, capfd):
+    release = threading.Event()
+
+    def elsewhere():
+        release.wait(10)
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    assert watchdog.dump(3, tmp_path) == str(tmp_path / "stacks.3.txt")
+    assert watchdog.dump(3, tmp_path / "absent") == "" == watchdog.dump(3, None)
+    release.set()
+    thread.join()
+    for text in ((tmp_path / "stacks.3.txt").read_text(), capfd.readouterr().err):
+        assert "in elsewhere" in text and "in test_stacks_of_all_threads" in text
