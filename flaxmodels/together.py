@@ -8,14 +8,14 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from flaxmodels.checkpoint import versions
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
-from flaxmodels.runtime import peers, sameness
+from flaxmodels.runtime import exits, peers, sameness
 from flaxmodels.runtime.lock import LOCK
 
 # Seconds after which a file that one host wrote must be seen by all: network file systems remember what was not there.
@@ -110,6 +110,15 @@ def same_programs(job: Job, programs: Mapping[str, jax.stages.Lowered]) -> None:
     mesh = {f"mesh.{axis}": size for axis, size in job.mesh.shape.items()}
     hashes = {name: sameness.program(lowered) for name, lowered in programs.items()}
     peers.compare({"mesh": mesh, "data": data, "program": hashes})
+
+
+def end(error: exits.SignalledError) -> NoReturn:
+    """End this process at once, and the others of the run with it; from any thread, whatever the main one is in."""
+    if peers.count() > 1:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone, and with it the way to the others
+            peers.report(error)
+            peers.cut()
+    exits.leave(error)
 
 
 def note() -> tuple[str, ...]:

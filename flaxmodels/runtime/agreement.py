@@ -15,7 +15,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from flaxmodels.runtime.signals import Stop
+from flaxmodels.runtime import peers
+from flaxmodels.runtime.signals import NOTICE, Stop
+
+NOTICED = 2**8  # added to the number of a signal that a notice stands for
 
 
 def make(stop: Stop, late: Callable[[], bool], mesh: Mesh) -> "Alone | Together":
@@ -39,6 +42,19 @@ class Alone:
         """The signal for which to stop."""
         return self._stop.signal
 
+    @property
+    def why(self) -> str:
+        """Its name, or the words of a notice."""
+        return _why(self.signal, self._stop.notice)
+
+    def rest(self, step: int) -> None:
+        """All that was computed is on disk, up to `step`: a signal may end the process at once."""
+        self._stop.rest(step)
+
+    def working(self) -> None:
+        """From now on there is something to save."""
+        self._stop.working()
+
     def stop(self) -> bool:
         """Whether to stop."""
         return bool(self._stop)
@@ -61,6 +77,7 @@ class Together:
 
     def __init__(self, stop: Stop, late: Callable[[], bool], mesh: Mesh) -> None:
         self.signal: signal.Signals | None = None
+        self._noticed, self._working = False, False
         self._stop, self._late = stop, late
         self._saves, self._wanted = 0, 0
         self._answer: jax.Array | None = None
@@ -72,15 +89,38 @@ class Together:
         self._question = functools.cache(self._sent)
         self._reduce = jax.jit(functools.partial(jnp.max, axis=0), out_shardings=whole).lower(question).compile()
 
+    @property
+    def why(self) -> str:
+        """The name of the signal for which to stop, or the words of a notice."""
+        return _why(self.signal, NOTICE if self._noticed else "")
+
+    def rest(self, step: int) -> None:
+        """All that was computed is on disk, up to `step`: a signal to any process may end all at once."""
+        self._working = False
+        self._stop.rest(step)
+
+    def working(self) -> None:
+        """From now on there is something to save. Waits till all have come here; till then a signal ends all at once.
+
+        Raises:
+          UserError or FaultError: another process failed meanwhile, or did not come.
+        """
+        if not self._working:
+            peers.settle("")
+            self._stop.working()
+            self._working = True
+
     def stop(self) -> bool:
         """Whether to stop. Asks, and waits for the answer to the question before."""
         # A save is asked for by its number, so that an answer that comes after it was made asks for no second one.
         late = jax.process_index() == 0 and self._late()
-        question = self._question(int(self._stop.signal or 0) if self._stop else 0, self._saves + 1 if late else 0)
+        asked = int(self._stop.signal or 0) + NOTICED * bool(self._stop.notice) if self._stop else 0
+        question = self._question(asked, self._saves + 1 if late else 0)
         answer, self._answer = self._answer, self._reduce(question)
         if answer is not None:
             number, self._wanted = np.asarray(answer).tolist()
-            self.signal = signal.Signals(number) if number else None
+            self._noticed = number >= NOTICED
+            self.signal = signal.Signals(number % NOTICED) if number else None
         return self.signal is not None
 
     def late(self) -> bool:
@@ -93,3 +133,7 @@ class Together:
         row = np.array([[number, save]], np.int32)
         rows = np.broadcast_to(row, (self._size, 2))
         return jax.make_array_from_callback(rows.shape, self._where, lambda part: rows[part])
+
+
+def _why(number: signal.Signals | None, notice: str) -> str:
+    return notice or (number.name if number else "")

@@ -17,14 +17,39 @@ from flaxmodels.registry import UserError
 DONE = 0
 FAULT = 1
 BAD_INPUT = 2
+STUCK = 75  # a watchdog ended a process that no longer moved on: it says where; the same command may well go on
 # As a shell reports a process that a signal ended: 128 + its number. The run was saved; the same command goes on.
 SIGNALLED = 128
 INTERRUPTED = SIGNALLED + 2
 _INTERRUPTED = "interrupted before there was anything to save"
+# Seconds for the last words of a process that leaves at once: whoever reads them may have stopped to.
+LAST_WORDS = 2.0
+_COMMAND = threading.Event()  # set while `reported` runs
 
 
 class FaultError(RuntimeError):
     """Something broke that is no fault of the config: shown without a traceback, and the process leaves with code 1."""
+
+
+class SignalledError(FaultError):
+    """A signal ended the run before there was anything to save.
+
+    Args:
+      text: what a user should read.
+      number: the signal; the process leaves with 128 + its number.
+    """
+
+    def __init__(self, text: str, number: signal.Signals) -> None:
+        super().__init__(text)
+        self.signal = number
+
+
+def from_code(code: int, text: str) -> UserError | FaultError:
+    """The error of another process of the run, which left or leaves with `code`, as this one should raise it."""
+    if code == BAD_INPUT:
+        return UserError(text)
+    signals = {SIGNALLED + number: number for number in (signal.SIGINT, signal.SIGTERM)}
+    return SignalledError(text, signals[code]) if code in signals else FaultError(text)
 
 
 @contextlib.contextmanager
@@ -52,17 +77,27 @@ def reported(main: Callable[[], int], *, debug: bool) -> int:
       main: returns an exit code.
       debug: show the traceback of errors that are known, too; the exit code stays.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what we ask for on purpose
+    logging.set_verbosity(logging.FATAL)  # Orbax warns of what we ask for on purpose, and logs errors that it raises
+    _COMMAND.set()
     try:
         return main()
     except (UserError, FaultError, BrokenPipeError, KeyboardInterrupt) as error:
         return _told(error, debug=debug)
+    finally:
+        _COMMAND.clear()
+
+
+def commanding() -> bool:
+    """Whether this process is a command's own, and may be ended by it; not a notebook, say, that called `fit`."""
+    return _COMMAND.is_set()
 
 
 def code_of(error: BaseException) -> int:
     """The exit code of a process that ends with `error`."""
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else FAULT
+    if isinstance(error, SignalledError):
+        return SIGNALLED + error.signal
     codes = {UserError: BAD_INPUT, BrokenPipeError: SIGNALLED + signal.SIGPIPE, KeyboardInterrupt: INTERRUPTED}
     return next((code for kind, code in codes.items() if isinstance(error, kind)), FAULT)
 
@@ -79,18 +114,27 @@ def _told(error: BaseException, *, debug: bool) -> int:
     else:
         # JAX adds a note on its own frames to a UserError that comes up while tracing.
         notes = [] if isinstance(error, UserError) else getattr(error, "__notes__", [])
-        print("\n".join([f"error: {error}", *notes]), file=sys.stderr)
+        said = str(error) if isinstance(error, SignalledError) else f"error: {error}"
+        print("\n".join([said, *notes]), file=sys.stderr)
     return code_of(error)
 
 
-def leave(error: BaseException, *, debug: bool) -> NoReturn:
+def leave(error: BaseException, *, debug: bool = False) -> NoReturn:
     """End the process with `error` at once, from any thread, without waiting for anyone; as `reported` would end it."""
-    if isinstance(error, UserError | FaultError | BrokenPipeError | KeyboardInterrupt):
-        _told(error, debug=debug)
-    elif not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    with contextlib.suppress(OSError, ValueError):
-        if sys.stdout.isatty():
-            sys.stdout.write("\x1b[?25h")  # the cursor, which a live line hides
-        sys.stdout.flush()
-    os._exit(code_of(error))
+
+    def say() -> None:
+        if isinstance(error, UserError | FaultError | BrokenPipeError | KeyboardInterrupt):
+            _told(error, debug=debug)
+        elif not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        with contextlib.suppress(OSError, ValueError):
+            if sys.stdout.isatty():
+                sys.stdout.write("\x1b[?25h")  # the cursor, which a live line hides
+            sys.stdout.flush()
+
+    try:
+        words = threading.Thread(target=say, daemon=True)
+        words.start()
+        words.join(LAST_WORDS)
+    finally:
+        os._exit(code_of(error))
