@@ -6,75 +6,22 @@ Read `report`. It works on a step that was compiled for devices that are not the
 import contextlib
 import dataclasses
 import math
-import re
 import time
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxmodels import hardware, sharding
+from flaxmodels import sharding
 from flaxmodels.console import human_bytes
 from flaxmodels.job import Job
+from flaxmodels.memory import DoesNotFitError, Memory, of_step, on_a_device, too_large
 from flaxmodels.perf import collectives
 from flaxmodels.perf.collectives import TRANSFER, Groups
-from flaxmodels.registry import UserError
-from flaxmodels.runtime.exits import FaultError
 
-
-class DoesNotFitError(UserError):
-    """A program needs more memory than its devices have.
-
-    Attributes:
-      needed: bytes of one device, as the compiler counts them; None where it does not say.
-      limit: bytes that one device has; None where the compiler does not say.
-    """
-
-    def __init__(self, message: str, needed: int | None, limit: int | None) -> None:
-        super().__init__(message)
-        self.needed, self.limit = needed, limit
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of one device. The first five are as the shardings say; the others as the compiler does.
-
-    Attributes:
-      parameters: of the model.
-      optimizer: the state of the optimizer.
-      other: of the state, such as BatchNorm's statistics, and the step.
-      batch: what the steps of a dispatch are given.
-      data: the data set, where it lives on the device.
-      temporaries: activations, gradients, buffers of collectives.
-      outputs: results that take no donated memory.
-      donated: results that take the place of arguments.
-      peak: the most that is in use at a time; arguments, outputs and temporaries.
-      limit: what a program may use; None where nothing says, as on a CPU.
-    """
-
-    parameters: int
-    optimizer: int
-    other: int
-    batch: int
-    data: int
-    temporaries: int
-    outputs: int
-    donated: int
-    peak: int
-    limit: int | None
-
-    @property
-    def state(self) -> int:
-        """Bytes of the train state."""
-        return self.parameters + self.optimizer + self.other
-
-    @property
-    def state_is_donated(self) -> bool:
-        """Whether the new state takes the place of the old one, so that there are never two."""
-        return self.donated >= self.state
+__all__ = ["DoesNotFitError", "Memory", "Report", "Row", "along", "compile_program", "on_a_device", "report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,7 +95,7 @@ def compile_program(lowered: jax.stages.Lowered, devices: Mesh) -> tuple[jax.sta
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise _too_large(str(error), devices) from error
+        raise too_large(str(error), devices) from error
     return program, time.perf_counter() - started
 
 
@@ -166,58 +113,14 @@ def _uncached() -> Iterator[None]:
         jax.config.update(name, before)
 
 
-def _too_large(reason: str, devices: Mesh) -> DoesNotFitError:
-    # "... (20.00G) exceeds available HBM (15.75G)", or "Used 20.00G of 15.75G hbm".
-    size = r"([\d.]+)([KMGT])"
-    found = re.search(rf"\({size}\) exceeds available HBM \({size}\)|Used {size} of {size} hbm", reason)
-    needed, limit = None, hardware.memory(devices.devices.flat[0])
-    said = reason.splitlines()[0]
-    if found:
-        parts = [part for part in found.groups() if part]
-        needed, limit = (int(float(n) * 1024 ** (1 + "KMGT".index(unit))) for n, unit in zip(parts[::2], parts[1::2]))
-        said = f"it needs {human_bytes(needed)} on each, which has {human_bytes(limit)}"
-    return DoesNotFitError(
-        f"the program does not fit on {sharding.describe(devices)}: {said}.\n"
-        "Use more devices with mesh.fsdp, a smaller data.batch_size, or train.microbatches; a transformer also has "
-        "model.remat, and loss.chunks for its logits.",
-        needed,
-        limit,
-    )
-
-
 def report(compiled: jax.stages.Compiled, job: Job) -> Report:
     """Of the compiled train step of a job: `job.lower_train()[0].compile()`, or `compile_program` of the same.
 
     Raises:
       FaultError: the compiler of these devices does not say what memory a program takes.
     """
-    found = compiled.memory_analysis()
-    if found is None:
-        raise FaultError(f"the compiler for {sharding.describe(job.mesh)} does not say what memory a program takes.")
-    feed = job.train.abstract_dispatch(job.cadence.steps_per_dispatch)
-    state = job.abstract
-    limit = hardware.memory(job.mesh.devices.flat[0])
-    taken = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-    memory = Memory(
-        parameters=on_a_device(state.params),
-        optimizer=on_a_device(state.opt_state),
-        other=on_a_device((state.step, state.extra)),
-        batch=on_a_device({key: value for key, value in feed.items() if key != "every"}),
-        data=on_a_device(feed["every"]),
-        temporaries=found.temp_size_in_bytes,
-        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
-        donated=found.alias_size_in_bytes,
-        # The compiler for CPUs leaves the temporaries out. That for TPUs knows how far they share memory.
-        peak=taken + found.temp_size_in_bytes if limit is None else found.peak_memory_in_bytes,
-        limit=limit,
-    )
     rows, notes = _collectives(compiled, job.mesh)
-    return Report(sharding.describe(job.mesh), memory, rows, notes)
-
-
-def on_a_device(tree: Any) -> int:
-    """Bytes of one device of arrays, or `jax.ShapeDtypeStruct`, with shardings; without the padding of their layout."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return Report(sharding.describe(job.mesh), of_step(compiled, job), rows, notes)
 
 
 def _collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> tuple[tuple[Row, ...], tuple[str, ...]]:

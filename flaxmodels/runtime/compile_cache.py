@@ -1,0 +1,127 @@
+"""JAX's folder of compiled programs, where one is set: an entry that is not what was written there is removed.
+
+JAX takes whatever lies under a name for the program that it asked for. Another one's entry runs in its place, with
+other numbers and without a word; a flipped bit is found by zlib, not by zstandard, which JAX uses where it is
+installed; and a damaged entry stays, since JAX never writes over one: each start warns, and compiles again.
+
+So beside each entry lies its seal, the SHA-256 of its name and bytes. What has none yet, because JAX wrote it a moment
+ago or a process was killed before it could seal it, is believed if it can be unpacked.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+ENTRY, SEAL = "-cache", ".sha256"
+_ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how its data begin
+
+
+@contextlib.contextmanager
+def verified() -> Iterator[list[str]]:
+    """Around all that is compiled: removes what is damaged before, seals what is new after.
+
+    Yields:
+      What was removed, a line for the log each.
+    """
+    place = folder()
+    if place is None:
+        yield []
+        return
+    lines = check(place)
+    try:
+        yield lines
+    finally:
+        seal(place)
+
+
+def folder() -> Path | None:
+    """The folder that JAX keeps compiled programs in; None where it keeps none, or keeps them in a bucket."""
+    name, enabled = (getattr(jax.config, f"jax_{key}") for key in ("compilation_cache_dir", "enable_compilation_cache"))
+    if not name or "://" in name or not enabled:
+        return None
+    return Path(name)
+
+
+def check(place: Path) -> list[str]:
+    """Remove every entry that differs from its seal, or that has none and can't be unpacked; seal the others.
+
+    Args:
+      place: a folder of JAX's; it need not exist.
+
+    Returns:
+      A line for each entry that was removed.
+    """
+    removed = []
+    for entry in sorted(place.glob(f"*{ENTRY}")):
+        sealed = entry.with_name(entry.name + SEAL)
+        with contextlib.suppress(OSError):  # another process has just removed it, or it is not ours
+            data, expected = entry.read_bytes(), sealed.read_text() if sealed.exists() else None
+            if _seal(entry, data) == expected:
+                continue
+            if expected is None and _unpacks(data):
+                _write(sealed, _seal(entry, data))
+                continue
+            entry.unlink(missing_ok=True)
+            sealed.unlink(missing_ok=True)
+            why = "can't be unpacked" if expected is None else "is not what was written"
+            removed.append(f"warning: compiled program {entry.name} in {place} {why}: removed, and compiled again")
+    return removed
+
+
+def seal(place: Path | None) -> None:
+    """Seal the entries that JAX has written since; called when something was compiled. Never raises OSError.
+
+    Args:
+      place: as `folder` says; None does nothing.
+    """
+    for entry in [] if place is None else place.glob(f"*{ENTRY}"):
+        sealed = entry.with_name(entry.name + SEAL)
+        if not sealed.exists():
+            with contextlib.suppress(OSError):
+                data = entry.read_bytes()
+                if _unpacks(data):  # else another process is about to write it
+                    _write(sealed, _seal(entry, data))
+    for sealed in [] if place is None else place.glob(f"*{ENTRY}{SEAL}"):
+        if not sealed.with_name(sealed.name.removesuffix(SEAL)).exists():
+            with contextlib.suppress(OSError):  # JAX removes entries, where its folder has a size limit
+                sealed.unlink()
+
+
+def _seal(entry: Path, data: bytes) -> str:
+    return hashlib.sha256(entry.name.encode() + b"\0" + data).hexdigest()
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all, also when several processes write it at once."""
+    number, name = tempfile.mkstemp(prefix=".seal_", dir=file.parent)
+    try:
+        with os.fdopen(number, "w") as out:
+            out.write(text)
+        Path(name).replace(file)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _unpacks(data: bytes) -> bool:
+    """Whether JAX could unpack an entry: by zstandard where that is installed, else by zlib."""
+    if data.startswith(_ZSTANDARD):
+        try:
+            zstandard = importlib.import_module("zstandard")
+        except ImportError:  # Python 3.14 has one of its own
+            return True
+        with contextlib.suppress(zstandard.ZstdError):
+            zstandard.ZstdDecompressor().decompress(data)
+            return True
+        return False
+    with contextlib.suppress(zlib.error):
+        zlib.decompress(data)
+        return True
+    return False
