@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxmodels import config, loop, registry, sharding, step
+from flaxmodels import config, evaluating, loop, registry, sharding, step
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.job import assemble
 from flaxmodels.runtime import distributed, exits
@@ -107,7 +107,7 @@ class Part:
 
     def evaluation(self) -> dict[str, Any]:
         """The last checkpoint, on the whole evaluation split."""
-        _, found, count = loop.evaluate_checkpoint(self.job, self.workdir, str(self.steps))
+        _, found, count = evaluating.evaluate_checkpoint(self.job, self.workdir, str(self.steps))
         return {"metrics": found, "count": count, "size": self.job.test.split.size, "batch": self.job.test.batch_size}
 
     def restore(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def shortened(written: Mapping[str, Any], steps: int) -> dict[str, Any]:
     config = tracing.in_float32(written)
     train = {"duration": steps, "log_every": 1, "eval_every": 0, "patience": 0}
     config["train"] = {**config.get("train", {}), **train}
-    config["checkpoint"] = {"every": steps // 2, "every_seconds": 0.0, "keep": 4, "keep_best": False}
+    config["checkpoint"] = {"every": steps // 2, "every_seconds": 0.0, "keep": 4, "keep_best": 0}
     if "warmup" in config.get("optim", {}):
         config["optim"]["warmup"] = 0  # it would be longer than the run
     config["data"].pop("workers", None)

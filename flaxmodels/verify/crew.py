@@ -11,13 +11,17 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import flaxmodels
+from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
 
 PAUSE = 0.05
@@ -48,13 +52,17 @@ class Reports:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[dict[str, Any]]:
         """Around a phase; what is put into the dict, ready for JSON, is what it has found."""
-        self._write({"phase": name})
+        self.say(name)
         found: dict[str, Any] = {}
         yield found
-        self._write({"phase": name, "found": found})
+        self.say(name, found=found)
 
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
+    def say(self, phase: str, **values: Any) -> None:
+        """Write down at once where this process is, with values ready for JSON; a kill after it does not undo that.
+
+        "at" is the monotonic clock, which all processes of a machine share.
+        """
+        self._file.write(json.dumps({"phase": phase, "at": round(time.monotonic(), 4), **values}) + "\n")
 
 
 def _end_with(parent: int) -> None:
@@ -134,6 +142,25 @@ class Crew:
     def pids(self) -> list[int]:
         """Of all processes."""
         return [member.process.pid for member in self._members]
+
+    @property
+    def codes(self) -> list[int | None]:
+        """Exit codes of all processes; -9 where signal 9 ended one, None where it runs."""
+        return [member.process.poll() for member in self._members]
+
+    def reports(self, number: int = 0) -> list[dict[str, Any]]:
+        """All that a process has said of itself so far."""
+        return self._members[number].reports()
+
+    def tail(self, number: int = 0) -> str:
+        """The end of what a process has printed."""
+        return self._members[number].tail()
+
+    def signal(self, signum: int, numbers: Sequence[int]) -> None:
+        """Send a signal to some of the processes, where they still run; not to what they started."""
+        for number in numbers:
+            if self._members[number].process.poll() is None:
+                self._members[number].process.send_signal(signum)
 
     def wait(self, phase: str, limit: float) -> list[dict[str, Any]]:
         """Wait till all have finished a phase.
@@ -222,3 +249,38 @@ def _main_frames(dump: str) -> list[str]:
     """The frames of the main thread, which is the last of a dump of `faulthandler`, the innermost first."""
     _, found, main = dump.rpartition("most recent call first")
     return re.findall(r'File "(.+?", line \d+ in \S+)', main) if found else []
+
+
+@contextlib.contextmanager
+def folder_for(folder: Path | None, prefix: str) -> Iterator[Path]:
+    """A folder for all that is written: the named one, new and kept; or a temporary one (UserError)."""
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name:
+            yield Path(name)
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"--keep={str(folder)!r} is not empty: choose a new folder.")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def environment(devices: int | None) -> dict[str, str]:
+    """Of processes that see so many simulated devices, or what the machine has; modules are found as from here."""
+    paths = [str(Path(flaxmodels.__file__).parent.parent), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
+    there = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    if devices is None:
+        return there
+    old = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = f"{old} --xla_force_host_platform_device_count={devices}".strip()
+    return there | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def addresses(hosts: int) -> list[list[str]]:
+    """The flags by which so many processes of this machine find each other: of each its own."""
+    if hosts == 1:
+        return [["--distributed=off"]]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = [f"--coordinator_address=localhost:{port}", f"--num_processes={hosts}"]
+    return [[*shared, f"--process_id={number}"] for number in range(hosts)]

@@ -7,21 +7,16 @@ They start as on a cluster, over gloo in place of its network, and train a few s
 import contextlib
 import dataclasses
 import math
-import os
-import re
 import shutil
-import socket
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import flaxmodels
 from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
-from flaxmodels.verify.crew import Crew
+from flaxmodels.verify.crew import Crew, addresses, environment, folder_for
 
 Found = list[dict[str, Any]]  # what each process of a scene found in a phase
 # (found, what the scenes before found by phase) -> (whether it is well, what to say of it)
@@ -89,7 +84,7 @@ def run(
     if not limit > 0:
         raise UserError(f"--limit={limit:g}: expected more than 0 seconds.")
     fewer = max(n for n in range(1, hosts) if hosts * devices_per_host % n == 0)
-    with _place(folder) as place:
+    with folder_for(folder, "rehearse_") as place:
         stage = _Stage(arguments, place, steps, limit, show)
         judges = _judges(steps, tolerance)
         with contextlib.suppress(FaultError):  # it has been shown
@@ -97,18 +92,6 @@ def run(
             stage.play(fewer, hosts * devices_per_host // fewer, ("start", "restore", "resume"), judges)
             stage.play(1, 1, ("start", "batches", "evaluation", "restore", "resume"), judges)
     return tuple(stage.lines)
-
-
-@contextlib.contextmanager
-def _place(folder: Path | None) -> Iterator[Path]:
-    if folder is None:
-        with tempfile.TemporaryDirectory(prefix="rehearse_", ignore_cleanup_errors=True) as name:
-            yield Path(name)
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"--keep={str(folder)!r} is not empty: choose a new folder.")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        yield folder
 
 
 class _Stage:
@@ -125,9 +108,7 @@ class _Stage:
         """Start `hosts` processes, and go through phases with them. FaultError if one fails or is late."""
         scene, name = f"{hosts} x {devices}", f"{hosts}x{devices}"
         copy = self._copy(f"resumed_{name}") if "resume" in phases else self.folder / "unused"
-        with Crew(
-            self._commands(hosts, phases, copy), self.folder / f"processes_{name}", _environment(devices)
-        ) as crew:
+        with Crew(self._commands(hosts, phases, copy), self.folder / f"processes_{name}", environment(devices)) as crew:
             for phase in (*phases, "leave"):
                 begun = time.monotonic()
                 try:
@@ -149,15 +130,9 @@ class _Stage:
         words = [sys.executable, "-m", "flaxmodels.verify.actor", "--reports", "{reports}", *self.arguments]
         words += [f"--workdir={self.folder / 'workdir'}", f"--copy={copy}", f"--steps={self.steps}"]
         words += [f"--phases={','.join(phases[1:])}"]
-        if hosts == 1:
-            return [[*words, "--distributed=off"]]
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         # JAX ends all when it misses one for so long; here that is found sooner, with more to say.
         limits = [f"--init_timeout={self.limit}", f"--heartbeat_timeout={max(2 * self.limit, 100)}"]
-        words += [f"--coordinator_address=localhost:{port}", f"--num_processes={hosts}", *limits]
-        return [[*words, f"--process_id={number}"] for number in range(hosts)]
+        return [[*words, *own, *limits] for own in addresses(hosts)]
 
     def _copy(self, name: str) -> Path:
         """The workdir as it was in the middle of the run."""
@@ -167,17 +142,6 @@ class _Stage:
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(source / file, copy / file)
         return copy
-
-
-def _environment(devices: int) -> dict[str, str]:
-    old = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
-    paths = [str(Path(flaxmodels.__file__).parent.parent), str(Path.cwd()), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"{old} --xla_force_host_platform_device_count={devices}".strip(),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
 
 
 def _judges(steps: int, tolerance: float) -> dict[str, Judge]:

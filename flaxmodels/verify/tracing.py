@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxmodels import metrics, step
+from flaxmodels import metrics, sharding, step
 from flaxmodels.job import Job
 
 # A gradient below this share of the norm of all gradients is compared by that share: where terms cancel, as in a bias
@@ -46,7 +46,7 @@ class Tracer:
     def __init__(self, job: Job) -> None:
         self.job = job
         lowered, self._names = job.lower_train()
-        self._program, self._batches = lowered.compile(), _batches(job)
+        self._program, self._batches = lowered.compile(), batches(job)
 
     def __call__(self, steps: int) -> Trace:
         """Train a fresh state."""
@@ -197,13 +197,20 @@ def _batch(job: Job, number: Any, feed: Any) -> tuple[Any, Any]:
     return job.train.batch(each, feed["every"]), each["index"]
 
 
-def _batches(job: Job) -> Any:
-    """The compiled program (step, feed of a dispatch) -> batch."""
+def batches(job: Job, most: int = 1) -> Any:
+    """The compiled program (step, feed of a dispatch) -> batch.
+
+    Args:
+      job: whose feed it is.
+      most: steps that a dispatch has room for.
+    """
+    where = sharding.batch_sharding(job.mesh)
 
     def program(number: Any, feed: Any) -> Any:
         return _batch(job, number, feed)[0]
 
-    return step.compile_step(program, job.abstract.step, _abstract(job), mesh=job.mesh).compile()
+    feed = job.train.abstract_dispatch(most)
+    return step.compile_step(program, job.abstract.step, feed, mesh=job.mesh, out_shardings=where).compile()
 
 
 @contextlib.contextmanager
