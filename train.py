@@ -2,12 +2,13 @@
 
 On several hosts, the same command on each, with --coordinator_address=HOST:PORT --num_processes=N --process_id=I where
 no launcher tells (TPU pods, SLURM and Open MPI do). The same command again resumes. Exit codes: 0 done, 1 a fault,
-2 bad input, 130 and 143 stopped by Ctrl-C or SIGTERM after saving.
+2 bad input, 75 stuck (a watchdog ended it), 130 and 143 stopped by Ctrl-C or SIGTERM after saving. --max_restarts=N
+starts it again after a fault.
 """
 
 import sys
 
-from flaxmodels.runtime import exits
+from flaxmodels.runtime import exits, supervisor
 
 
 def main(argv: list[str]) -> int:
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> int:
         from flaxmodels.runtime import distributed
 
     flags = config.parse(config.train_parser("train.py"), argv)
-    with distributed.joined(flags.arguments):
+    with distributed.joined(flags.arguments, flags.workdir):
         return loop.fit(
             flags.config,
             flags.workdir,
@@ -27,4 +28,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(exits.reported(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(exits.reported(lambda: supervisor.run(main, sys.argv[1:]), debug="--debug" in sys.argv))

@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from flaxmodels.registry import UserError, suggest
-from flaxmodels.runtime import place
+from flaxmodels.runtime import place, supervisor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     flags = parser(prog, "Train a config; the same command again resumes.")
     flags.add_argument("--allow_config_change", action="store_true", help="resume although the config differs")
     flags.add_argument("--allow_data_change", action="store_true", help="resume although the data differ")
+    supervisor.add_flag(flags)
     place.add_flags(flags)
     return flags
 
@@ -82,8 +83,8 @@ def parse(flags: argparse.ArgumentParser, argv: Sequence[str]) -> Flags:
     config = load_config(known.config)
     for key, text in overrides:
         override(config, key, text)
-    name = Path(known.config.partition(":")[0]).stem
-    return Flags(config, tuple(key for key, _ in overrides), known.workdir or Path("runs", name), known)
+    workdir = known.workdir or supervisor.default_workdir(known.config)
+    return Flags(config, tuple(key for key, _ in overrides), workdir, known)
 
 
 def _split(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:

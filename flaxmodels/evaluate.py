@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from flaxmodels import metrics
@@ -47,8 +48,8 @@ def evaluate(
             raise StoppedError
         waiting.append(program(params, extra, each, every))
         if len(waiting) > IN_FLIGHT:
-            totals += np.asarray(waiting.popleft())
+            totals += np.asarray(jax.block_until_ready(waiting.popleft()))
     for packed in waiting:
-        totals += np.asarray(packed)
+        totals += np.asarray(jax.block_until_ready(packed))
     pairs = {name: (total, count) for name, (total, count) in zip(names, totals.tolist())}
     return metrics.means(pairs), pairs["loss"][1]

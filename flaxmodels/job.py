@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from flaxmodels import (
     data,
+    guard,
     hardware,
     losses,
     metrics,
@@ -35,11 +36,13 @@ from flaxmodels.data.order import ORDER_VERSION
 from flaxmodels.data.split import Source
 from flaxmodels.durations import Clock, parse
 from flaxmodels.filling import fill
+from flaxmodels.guard import Guard
 from flaxmodels.precision import Policy
 from flaxmodels.registry import UserError
 from flaxmodels.sections import Cadence
 from flaxmodels.state import TrainState
 from flaxmodels.step import Gradient, Step
+from flaxmodels.warm import Origin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Job:
       test: the feed of the evaluation split.
       augment: (batch, index, step) -> batch, of training.
       cadence: when things happen; its duration is the number of steps of the run.
+      guard: what a bad step is, and what is done about it.
       checkpoint: options of `Checkpoints`.
+      origin: what a workdir without a checkpoint starts from.
       fresh: () -> a new state, born sharded.
       abstract: its `jax.ShapeDtypeStruct` tree, with shardings.
       notes: lines for the log, on what was chosen.
@@ -77,7 +82,9 @@ class Job:
     test: Feed
     augment: Callable[..., Any]
     cadence: Cadence
+    guard: Guard
     checkpoint: dict[str, Any]
+    origin: Origin
     fresh: Callable[[], TrainState]
     abstract: TrainState
     notes: tuple[str, ...]
@@ -104,6 +111,7 @@ class Job:
             "test examples": source.test.size,
             "transforms": registry.storable(source.transforms),
             "tokenizer": source.tokenizer and source.tokenizer.fingerprint,
+            "labels": list(source.labels),
             "augment": registry.storable(options.get("augment", ())),
             "host_augment": registry.storable(options.get("host_augment", ())),
             "global batch": self.train.batch_size,
@@ -120,7 +128,8 @@ class Job:
     def update(self, around: Callable[[Gradient], Gradient] = lambda gradient: gradient) -> tuple[Step, list[str]]:
         """The program of `lower_train` with `around` its gradient; and, once it is traced, the names of its metrics."""
         gradient = around(self.gradient)
-        update = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
+        bare = partial(step.train_step, gradient=gradient, tx=self.tx, schedule=self.schedule, seed=self.seed)
+        update = guard.guarded(bare, self.guard)
         names: list[str] = []
 
         def packed(state: TrainState, item: tuple[Any, Any]) -> tuple[TrainState, jax.Array]:
@@ -188,7 +197,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     clock = Clock(batching["batch_size"], source.train.size, source.tokens_per_example)
     checked = sections.check(written, dataclasses.replace(clock, total_steps=_total(written, clock)).steps)
     _check_targets(source, checked["loss"])
-    cadence = Cadence(**checked["train"])
+    cadence, guarding, origin = Cadence(**checked["train"]), Guard(**checked["guard"]), Origin(**checked["start"])
     options = fill(
         checked["model"], source, precision=written["precision"], compute=policy.compute,
         chunks=checked["loss"].get("chunks", 1),
@@ -206,8 +215,9 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
     rules = sections.rules(**checked["sharding"])
     with bad_fit():
         fresh, abstract = state.init(
-            model, tx, train.example()["inputs"], written["seed"], mesh, rules, param_dtype=policy.param
-        )
+            model, guard.init_of(tx, guarding), train.example()["inputs"], written["seed"], mesh, rules,
+            param_dtype=policy.param,
+        )  # fmt: skip
     if not jax.tree.leaves(abstract.params):
         raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
     whole = sharding.replicated_report(abstract.params, rules=rules)
@@ -219,7 +229,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
         test=test,
         augment=augmented,
         losses=losses.make(**checked["loss"], **_token_bytes(checked["loss"], source)), cadence=cadence,
-        checkpoint=checked["checkpoint"], fresh=fresh, abstract=abstract,
+        guard=guarding, checkpoint=checked["checkpoint"], origin=origin, fresh=fresh, abstract=abstract,
         notes=(
             f"mesh: {sharding.describe(mesh, written['mesh'].get('num_slices'))}{why}",
             *_chosen(policy, model, mesh, train.example()["inputs"]), placed, *lost, *whole,

@@ -13,7 +13,9 @@ from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.feed import Placement
 from flaxmodels.data.loading import Loading
 from flaxmodels.durations import parse
+from flaxmodels.guard import Guard
 from flaxmodels.registry import LONGEST, Range, Seed, Steps, UserError
+from flaxmodels.warm import Origin
 
 Convert = Callable[[str, str], Any]
 BatchSize = Annotated[int, Range(1, 2**24)]  # what is above is a slip of the keyboard, and no machine's memory
@@ -133,7 +135,9 @@ SECTIONS: Mapping[str, Section] = {
     "sharding": Section(lambda _: [rules]),
     "precision": Section(lambda _: [precision.policy], provided=("platform",)),
     "train": Section(lambda _: [Cadence]),
+    "guard": Section(lambda _: [Guard]),
     "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode", "read_only")),
+    "start": Section(lambda _: [Origin]),
 }
 
 

@@ -188,7 +188,10 @@ def test_a_checked_config_is_plain_and_has_every_section():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"modle": {}}, r"modle=\{\}: unknown section. Did you mean 'model'\? There are: checkpoint, data, loss"),
+        (
+            {"modle": {}},
+            r"modle=\{\}: unknown section. Did you mean 'model'\? There are: checkpoint, data, guard",
+        ),
         ({"optim": 3}, r"optim=3 has the wrong type: expected a section"),
         ({"seed": -1}, r"seed=-1 is out of range"),
         ({"seed": "x"}, r"seed='x' has the wrong type: expected an integer"),

@@ -13,7 +13,7 @@ import pytest
 import small
 from conftest import ROOT
 
-from flaxmodels import hardware, loop
+from flaxmodels import evaluating, hardware, loop
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data import order
 from flaxmodels.data.feed import _columns, choose
@@ -374,8 +374,8 @@ def test_what_is_best_starts_anew_on_other_test_data(tmp_path):
     assert "going on with other data: " in out.getvalue() and "test examples was 21, is 40" in out.getvalue()
     job = assemble(config)
     with pytest.raises(UserError, match="or evaluate on these with --allow_data_change"):
-        loop.evaluate_checkpoint(assemble(config | {"data": config["data"] | {"test_examples": 30}}), tmp_path)
-    assert loop.evaluate_checkpoint(job, tmp_path, "latest")[2] == 40
+        evaluating.evaluate_checkpoint(assemble(config | {"data": config["data"] | {"test_examples": 30}}), tmp_path)
+    assert evaluating.evaluate_checkpoint(job, tmp_path, "latest")[2] == 40
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
     found = checkpoints.meta(checkpoints.latest())["memory"]
     last = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1]

@@ -18,14 +18,21 @@ LAYERS = (
     ("version",),
     ("registry", "hardware"),
     ("precision", "schedules", "meshes", "ring"),
-    ("durations", "metrics", "attention", "models", "optim", "sharding", "runtime", "console"),
-    ("chunked",),
-    ("losses", "state", "curves", "config"),
+    ("durations", "metrics", "attention", "models", "optim", "sharding", "runtime", "console", "fitting", "manifest"),
+    ("chunked", "disk"),
+    ("losses", "state", "curves", "config", "saving"),
     ("step", "data", "evaluate", "checkpoint", "writers"),
+    ("guard",),
+    ("watch",),
+    ("stored", "shelf"),
+    ("warm", "tensors"),
+    ("averaging",),
     ("sections",),
     ("filling",),
     ("job",),
-    ("resume", "together"),
+    ("capsule", "memory", "resume", "together"),
+    ("run",),
+    ("evaluating",),
     ("loop",),
     ("perf", "verify", "inference"),
     ("looking",),
@@ -33,7 +40,7 @@ LAYERS = (
     ("__main__", "train.py"),
 )
 # These stand on the ground: they take plain arguments, never a config, and know nothing of who calls them.
-GROUND = ("attention", "models", "chunked", "losses", "metrics", "optim", "precision", "sharding")
+GROUND = ("attention", "models", "chunked", "fitting", "losses", "metrics", "optim", "precision", "sharding")
 UPPER = ("config", "data", "sections", "job", "loop", "checkpoint", "evaluate", "writers", "step", "state", "cli")
 
 

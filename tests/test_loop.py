@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small
 
-from flaxmodels import loop, registry
+from flaxmodels import evaluating, loop, registry, run
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.evaluate import evaluate
 from flaxmodels.job import assemble
@@ -73,7 +73,7 @@ def uninterrupted(tmp_path_factory):
     """(log, outcome, how often the run asked whether to stop)."""
     asked, workdir = StopAfter(10**6), tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "Stop", lambda: asked)
+        patch.setattr(loop, "Stop", lambda end: asked)
         outcome = fit(resumable_config(), workdir)
     return logged(workdir), outcome, 10**6 - asked.left
 
@@ -84,7 +84,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninter
     rows, whole, polls = uninterrupted
     polls = int(moment * polls) if isinstance(moment, float) else moment % polls
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Stop", lambda: StopAfter(polls))
+        patch.setattr(loop, "Stop", lambda end: StopAfter(polls))
         stopped = fit(resumable_config(), tmp_path)
     assert stopped.exit_code == 143 and not stopped.finished
     assert Checkpoints(tmp_path / "checkpoints", read_only=True).latest() == stopped.step
@@ -103,11 +103,11 @@ def test_what_several_processes_decide_resumes_alike(tmp_path, monkeypatch, unin
     rows, whole, polls = uninterrupted
     polls = int(moment * polls) if isinstance(moment, float) else moment % polls
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "Stop", lambda: StopAfter(polls))
+        patch.setattr(loop, "Stop", lambda end: StopAfter(polls))
         patch.setattr(loop.agreement, "make", loop.agreement.Together)
         stopped = fit(resumable_config(), tmp_path)
         assert stopped.exit_code == 143 and not stopped.finished
-        patch.setattr(loop, "Stop", lambda: StopAfter(10**6))
+        patch.setattr(loop, "Stop", lambda end: StopAfter(10**6))
         resumed = fit(resumable_config(), tmp_path)
     assert small.bits(resumed.state) == small.bits(whole.state)
     assert logged(tmp_path) == rows and resumed.finished == whole.finished
@@ -142,7 +142,7 @@ def test_running_a_finished_run_again_changes_nothing(tmp_path):
 
 
 def test_the_step_compiles_once(tmp_path):
-    """However many dispatches, of different lengths, evaluations and saves there are: four programs, each once."""
+    """However many dispatches, of different lengths, evaluations and saves there are: five programs, each once."""
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **details: compiled.append(details["fun_name"]) if event == COMPILED else None
@@ -152,8 +152,9 @@ def test_the_step_compiles_once(tmp_path):
         fit(small_config(train=dict(duration=60, eval_every=7, steps_per_dispatch=4)), tmp_path)
     finally:
         jax.monitoring.clear_event_listeners()
-    # A new state; the evaluation step; the norm of the parameters; the train step, several times a dispatch.
-    assert sorted(compiled) == ["jit(fresh)", "jit(norm)", "jit(packed)", "jit(several)"]
+    # A new state; the norm of the parameters; the evaluation step; the train step, several times a dispatch; whether a
+    # state is finite, which a save asks.
+    assert sorted(compiled) == ["jit(fresh)", "jit(norm)", "jit(packed)", "jit(several)", "jit(sound)"]
 
 
 def test_a_compiled_step_refuses_another_shape():
@@ -197,7 +198,7 @@ def test_newest_and_best_are_kept_and_survive_a_restart(tmp_path):
     with_best = Checkpoints(tmp_path / "checkpoints", read_only=True)
     assert with_best.best() == best and with_best.latest() == outcome.step == 60
     assert set(with_best.steps()) == {best, 60}
-    step, found, count = loop.evaluate_checkpoint(assemble(config), tmp_path, "best")
+    step, found, count = evaluating.evaluate_checkpoint(assemble(config), tmp_path, "best")
     assert (step, count) == (best, 256)
     np.testing.assert_allclose(found["loss"], evaluated[best], rtol=1e-6)
     assert not (tmp_path / "checkpoints" / "deleted").exists()
@@ -239,7 +240,7 @@ def test_user_errors_come_before_the_first_step(tmp_path):
 
 def test_stretches_never_cross_a_mark():
     for start, total, most, marks in [(0, 100, 16, (10, 7)), (13, 57, 5, (0, 8)), (0, 3, 16, ()), (5, 5, 4, (1,))]:
-        cuts = list(loop.stretches(start, total, most, marks))
+        cuts = list(run.stretches(start, total, most, marks))
         steps = [s for first, count in cuts for s in range(first, first + count)]
         assert steps == list(range(start, total)) and all(0 < count <= most for _, count in cuts)
         ends = {first + count for first, count in cuts}

@@ -13,7 +13,7 @@ import pytest
 import small
 from flax import nnx
 
-from flaxmodels import loop, losses, models, sections, step
+from flaxmodels import evaluating, loop, losses, models, sections, step
 from flaxmodels.durations import parse
 from flaxmodels.job import assemble
 from flaxmodels.registry import Positive, UserError
@@ -234,7 +234,7 @@ def test_it_trains_on_eight_devices_and_resumes_bit_for_bit(tmp_path):
     assert kernel.addressable_shards[0].data.shape == (16, 10)
     assert jax.tree.leaves(whole.state.opt_state[0])[1].sharding.mesh == kernel.sharding.mesh
     one = assemble(config(), jax.devices()[:1])
-    step_found, measured, count = loop.evaluate_checkpoint(one, tmp_path / "parts", "latest")
+    step_found, measured, count = evaluating.evaluate_checkpoint(one, tmp_path / "parts", "latest")
     assert (step_found, count) == (4, 256)
     np.testing.assert_allclose(measured["loss"], whole.metrics["eval/loss"], rtol=1e-5)
 

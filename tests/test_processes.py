@@ -70,7 +70,7 @@ def failing(self, state, step, packed):
     import jax
     if jax.process_index() == flags.config.seed and step >= 3:
         raise RuntimeError("out of luck")
-    after(self, state, step, packed)
+    return after(self, state, step, packed)
 loop.Run.after = failing
 def main():
     with distributed.joined(flags.arguments):

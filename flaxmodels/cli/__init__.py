@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flaxmodels import registry
-from flaxmodels.cli import looking, measuring, proving, training, words
+from flaxmodels.cli import checkpoint, doctor, looking, measuring, proving, replay, training, words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
@@ -20,6 +20,9 @@ VERBS: Mapping[str, words.Verb] = {
     "shardings": measuring.shardings,
     "verify": proving.verify,
     "rehearse": proving.rehearse,
+    "checkpoint": checkpoint.checkpoint,
+    "replay": replay.replay,
+    "doctor": doctor.doctor,
 }
 
 
@@ -36,7 +39,7 @@ def _verb(argv: list[str]) -> int:
     if name in ("", "-h", "--help"):
         print(__doc__)
         for verb, function in VERBS.items():
-            print(f"  {verb:<9} {(function.__doc__ or '').splitlines()[0]}")
+            print(f"  {verb:<10} {(function.__doc__ or '').splitlines()[0]}")
         return exits.DONE if name else exits.BAD_INPUT
     if name not in VERBS:
         raise UserError(f"{name!r} is not a verb. {registry.suggest(name, VERBS)}")

@@ -10,7 +10,7 @@ from flaxmodels.runtime import exits
 
 
 def verify(argv: Sequence[str]) -> int:
-    """Prove: `verify mesh` that one device and many, split in any way, train a config alike."""
+    """Prove: `verify mesh` that all splits train alike, `verify resume` that a kill changes no bit."""
     return words.one_of("verify", verify, "proof", PROOFS, argv)
 
 
@@ -42,7 +42,44 @@ def _verify_mesh(argv: Sequence[str]) -> int:
     return exits.DONE if passed else exits.FAULT
 
 
-PROOFS: Mapping[str, words.Verb] = {"mesh": _verify_mesh}
+def _verify_resume(argv: Sequence[str]) -> int:
+    with exits.importing():
+        from flaxmodels import sections
+        from flaxmodels.verify import resume
+
+    said = "Kill a run of a config again and again, and compare it with one that is left alone."
+    whole, own = config.parser("flaxmodels verify resume", said), argparse.ArgumentParser(add_help=False)
+    for parser in (whole, own):
+        parser.add_argument("--kills", type=words.number, default=20, help="at random moments (default: 20)")
+        parser.add_argument("--steps", type=words.number, default=60, help="of the run (default: 60)")
+        parser.add_argument(
+            "--devices", type=words.number, help="simulated CPU devices in all (default: what is there)"
+        )
+        parser.add_argument("--hosts", type=words.number, default=1, help="processes that train together (default: 1)")
+        parser.add_argument("--seed", type=words.number, help="of the moments (default: a new one, printed)")
+        parser.add_argument("--tolerance", type=float, default=1e-3, help="where a GPU can't promise bits (1e-3)")
+        parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="for a run without kills (3600)")
+        parser.add_argument("--keep", type=Path, metavar="DIR", help="a new folder for all that is written")
+    given = {key: value for key, value, _ in sections.resolved(config.parse(whole, argv).config)}
+    asked, arguments = own.parse_known_args(argv)
+    verdict = resume.run(
+        arguments,
+        given,
+        kills=asked.kills,
+        steps=asked.steps,
+        hosts=asked.hosts,
+        devices=asked.devices,
+        seed=asked.seed,
+        tolerance=asked.tolerance,
+        limit=asked.limit,
+        folder=asked.keep,
+        show=words.say,
+    )
+    print(f"{'passed' if verdict.passed else 'FAILED'}: {verdict.said}")
+    return exits.DONE if verdict.passed else exits.FAULT
+
+
+PROOFS: Mapping[str, words.Verb] = {"mesh": _verify_mesh, "resume": _verify_resume}
 
 
 def rehearse(argv: Sequence[str]) -> int:

@@ -5,25 +5,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flaxmodels import config
-from flaxmodels.runtime import exits, place
+from flaxmodels.runtime import exits, place, supervisor
 
 
 def train(argv: Sequence[str]) -> int:
     """Train a config; the same command again resumes."""
+    return supervisor.run(_train, argv)
+
+
+def _train(argv: Sequence[str]) -> int:
     with exits.importing():
         from flaxmodels import loop
         from flaxmodels.runtime import distributed
 
     flags = config.parse(config.train_parser("flaxmodels train"), argv)
     allowed = {key: getattr(flags.arguments, key) for key in ("allow_config_change", "allow_data_change")}
-    with distributed.joined(flags.arguments):
+    with distributed.joined(flags.arguments, flags.workdir):
         return loop.fit(flags.config, flags.workdir, **allowed).exit_code
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Evaluate a checkpoint of a workdir on the whole evaluation split."""
     with exits.importing():
-        from flaxmodels import job, loop
+        from flaxmodels import evaluating, job
         from flaxmodels.runtime import distributed
 
     parser = config.parser("flaxmodels eval", "Evaluate a checkpoint on the whole evaluation split.")
@@ -34,7 +38,7 @@ def evaluate(argv: Sequence[str]) -> int:
     asked = flags.arguments
     with distributed.joined(asked) as first:
         assembled = job.assemble(flags.config)
-        step, found, count = loop.evaluate_checkpoint(
+        step, found, count = evaluating.evaluate_checkpoint(
             assembled, flags.workdir, asked.step, allow_data_change=asked.allow_data_change
         )
     if first:
