@@ -15,6 +15,8 @@ from flaxmodels import checkpoint, fitting, guard, manifest, stored
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
 from flaxmodels.runtime import peers
+from flaxmodels.runtime.exits import FaultError
+from flaxmodels.saving import cause
 from flaxmodels.state import TrainState
 from flaxmodels.watch import Trip, Watch
 
@@ -73,15 +75,24 @@ def write(workdir: Path, state: TrainState, facts: Mapping[str, Any]) -> Path:
 
     Returns:
       Its folder.
+
+    Raises:
+      FaultError: the storage failed.
     """
     folder = (workdir / FOLDER / str(facts["step"])).absolute()
     rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
-    with ocp.StandardCheckpointer() as writer:
-        for item, tree in (("params", state.params), ("rest", rest)):
-            writer.save(folder / item, tree, force=True)  # what a killed run left of it goes
-            writer.wait_until_finished()
-    if jax.process_index() == 0:
-        manifest.write(folder, facts)
+    try:
+        with ocp.StandardCheckpointer() as writer:
+            for item, tree in (("params", state.params), ("rest", rest)):
+                writer.save(folder / item, tree, force=True)  # what a killed run left of it goes
+                writer.wait_until_finished()
+        if jax.process_index() == 0:
+            manifest.write(folder, facts)
+    except (OSError, ValueError) as error:  # the latter of TensorStore
+        raise FaultError(
+            f"the capsule {str(folder)!r} was not written: {cause(error)}. Set this right, and the same command goes "
+            "on from the last checkpoint; guard.capsules=0 writes none."
+        ) from error
     return folder
 
 

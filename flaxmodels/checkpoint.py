@@ -111,7 +111,7 @@ class Checkpoints:
 
     def due(self, step: int) -> bool:
         """Whether a save is due after `step`, by steps; with busy="skip" none is while another is in flight."""
-        if not (self.every > 0 and step % self.every == 0):
+        if not (self.every > 0 and step % self.every == 0) or step == self._newest:  # saved for another reason
             return False
         self.check()
         if self.busy == "skip" and peers.told(self._in_flight is not None):
@@ -219,7 +219,7 @@ class Checkpoints:
           step: its number.
           meta: JSON data.
           watched: the watched metric of this state, where it was evaluated.
-          facts: more for the manifest, for whoever looks at it.
+          facts: more for the manifest, for whoever looks at it. Of a "parent" the newest step takes the place.
           replace: where the step is on disk, put its `meta`, `watched` and `facts` in the place of those that it has,
             all at once. Its arrays stay: a step has one state. Without it such a step stays as it is.
 
@@ -233,12 +233,15 @@ class Checkpoints:
             "meta": {**meta, "versions": self._versions},
         }  # fmt: skip
         whole = {**(facts or {}), **mine}
+        if "parent" in whole and self._newest is not None:
+            whole["parent"] = self._newest
         if saving.step is not None:
             self._skipped(step)
         elif step == self._newest:
             if replace and peers.me() == 0:
-                before = disk.facts(self.directory, step)["seconds"]
-                manifest.amend(self.directory / str(step), {**whole, "seconds": before})
+                before = disk.facts(self.directory, step)
+                kept: dict[str, Any] = {key: before[key] for key in ("seconds", "parent") if key in before}
+                manifest.amend(self.directory / str(step), {**whole, **kept})
         elif self._newest is not None and step < self._newest:
             raise ValueError(f"step {step} is below the newest one, {self._newest}: discard what comes after it first.")
         else:
@@ -273,8 +276,8 @@ class Checkpoints:
     def notes(self) -> list[str]:
         """Lines for the log that came up since the last call."""
         if self._saving is not None:
-            self._notes += self._saving.notes
-            self._saving.notes = []
+            new, self._saving.notes = self._saving.notes, []
+            self._notes += new
         found, self._notes = self._notes, []
         return found
 

@@ -136,7 +136,8 @@ def retire(directory: Path, retention: Retention) -> None:
     aside = directory / UNCOMMITTED
     if aside.is_dir() and steps:
         for folder in [*aside.iterdir()]:
-            if int(folder.name.partition(".")[0]) <= steps[-1].step:
+            number = folder.name.partition(".")[0]
+            if number.isdecimal() and int(number) <= steps[-1].step:  # else it is not ours
                 move(folder, directory / TRASH)
         if not any(aside.iterdir()):
             aside.rmdir()

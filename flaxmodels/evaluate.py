@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from flaxmodels import metrics
+from flaxmodels.runtime import progress
 
 # Batches in flight: enough to overlap transfer and compute; an unbounded number hangs XLA's CPU collectives.
 IN_FLIGHT = 2
@@ -48,8 +49,15 @@ def evaluate(
             raise StoppedError
         waiting.append(program(params, extra, each, every))
         if len(waiting) > IN_FLIGHT:
-            totals += np.asarray(jax.block_until_ready(waiting.popleft()))
+            totals += _ended(waiting.popleft())
     for packed in waiting:
-        totals += np.asarray(jax.block_until_ready(packed))
+        totals += _ended(packed)
     pairs = {name: (total, count) for name, (total, count) in zip(names, totals.tolist())}
     return metrics.means(pairs), pairs["loss"][1]
+
+
+def _ended(packed: jax.Array) -> np.ndarray:
+    """The result of a batch, when it is there: only then something has moved on."""
+    found = np.asarray(jax.block_until_ready(packed))
+    progress.beat()
+    return found

@@ -27,8 +27,11 @@ from flaxmodels.runtime import agreement, compile_cache, exits, goodput, peers, 
 from flaxmodels.runtime.lock import workdir_lock
 from flaxmodels.runtime.signals import Stop
 from flaxmodels.state import TrainState
-from flaxmodels.watch import RolledBackError, Watch
+from flaxmodels.watch import RollBack, RolledBackError, Watch
 from flaxmodels.writers import Writers
+
+# Seconds: where batches do not come, what loads them knows more of it than a watchdog, and shall have said so before.
+AFTER_DATA = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ def fit(
         removed = stack.enter_context(compile_cache.verified())  # before anything is compiled
         with progress.phase("data"):
             job = assemble(config, devices)
+        progress.allow(job.train.loading.timeout + AFTER_DATA)
         with progress.phase("compile"):
             evaluation, train = _evaluation(job), job.lower_train()
         together.same_programs(job, {"of the train step": train[0], "of the evaluation": evaluation[0]})
@@ -138,8 +142,9 @@ def _stretch(of: Context) -> Outcome:
       RolledBackError: an earlier checkpoint is to go on from.
     """
     job, first = of.job, together.first()
-    rollbacks = watch.read(of.workdir)
-    peers.compare({"roll backs": {watch.FILE: [dataclasses.astuple(entry) for entry in rollbacks]}})
+    found = [dataclasses.astuple(entry) for entry in watch.read(of.workdir)] if first else []
+    # Of process 0, which writes the file: the others may not see the last of it yet.
+    rollbacks = tuple(RollBack(*entry) for entry in peers.told(found))
     with progress.phase("restore"):
         state, remembered, changes = resume.start(job, of.checkpoints, allow_data_change=of.allow_data_change)
     if (behind := watch.stale(state, rollbacks)) is not None:

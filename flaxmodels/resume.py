@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flaxmodels import guard, warm
+from flaxmodels import guard, manifest, warm
 from flaxmodels.checkpoint import Checkpoints, versions
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
@@ -66,7 +66,8 @@ def facts(job: Job, resolved: Mapping[str, Any], parent: int | str | None) -> di
     Args:
       job: of the config.
       resolved: every key of the config.
-      parent: the checkpoint before it: a step of the same workdir, "WORKDIR:STEP", or None for a new state.
+      parent: the checkpoint before it: a step of the same workdir, "WORKDIR:STEP", or None for a new state. Where the
+        workdir has a step, `Checkpoints.save` puts it there.
     """
     return {
         "time": time.time(),
@@ -203,7 +204,14 @@ def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) 
     file = workdir / "config.json"
     if allowed or not file.exists() or not any(f.name.isdecimal() for f in (workdir / "checkpoints").glob("*")):
         return
-    old, now = json.loads(file.read_text())["config"], {key: storable(value) for key, value, _ in rows}
+    try:
+        old = dict(json.loads(file.read_text())["config"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{str(file)!r} is damaged ({type(error).__name__}: {error}), so no one can tell whether the config is the "
+            "same. Bring it back, or resume all the same with --allow_config_change, which writes it anew."
+        ) from error
+    now = {key: storable(value) for key, value, _ in rows}
     # A default that did not exist when the run began is not a change.
     keys = {*old, *(key for key, _, origin in rows if origin != "default")}
     differ = [k for k in sorted(keys) if not k.startswith(FREE_KEYS) and old.get(k) != now.get(k)]
@@ -216,7 +224,11 @@ def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) 
 
 
 def write_config(workdir: Path, resolved: Mapping[str, Any]) -> None:
-    """Write the config beside the checkpoints, with versions; whole or not at all."""
-    new = workdir / "config.tmp"
-    new.write_text(json.dumps({"config": storable(resolved), "versions": versions()}, indent=1) + "\n")
-    new.replace(workdir / "config.json")
+    """Write the config beside the checkpoints, with versions; whole or not at all, and not where it stands there."""
+    text = json.dumps({"config": storable(resolved), "versions": versions()}, indent=1) + "\n"
+    file, new = workdir / "config.json", workdir / "config.tmp"
+    if file.exists() and file.read_bytes() == text.encode():
+        return
+    new.write_text(text)
+    manifest.sync(new)
+    new.replace(file)

@@ -125,14 +125,12 @@ class Run:
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, jax.Array] | None = None
         self._stopwatch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
-        self._parent: int | str | None = memory.origin or None  # the checkpoint before the next one
         self._waits: list[float] = []
         self._unreadable = 0
 
     def begin(self, state: TrainState) -> int:
         """The step to go on from. Evaluates it where that is still to do, or all that there is to do."""
         self._step = int(state.step)
-        self._parent = self._step or self._parent
         if self._step and self._evaluation_due(self._step):
             # A signal came in this evaluation. The step is on disk without its result, which may make it the best.
             self._evaluate(state, self._step, replace=True)
@@ -234,7 +232,7 @@ class Run:
         finished, seconds = self._finished(step), time.monotonic() - self._begun
         self._warn()
         if self.watch.skipped:
-            self.writers.note(f"{self.watch.skipped} steps were left out: their batches gave bad numbers")
+            self.writers.note(f"{self.watch.skipped} steps were left out, for batches that gave bad numbers")
         if finished:
             self.writers.note(f"finished: {finished}")
             if self._waits:
@@ -319,14 +317,10 @@ class Run:
                 self._save(state, step, replace=replace)
 
     def _measure(self, state: TrainState) -> None:
-        def stop() -> bool:
-            progress.beat()
-            return self.decision.stop()
-
         params = optim.parameters_average(state.opt_state, state.params)
         (program, norm_of), names = self.programs.evaluation, self.programs.eval_names
         with progress.phase("evaluation"):
-            found, _ = evaluate(program, params, state.extra, self.job.test.evaluation(), names, stop)
+            found, _ = evaluate(program, params, state.extra, self.job.test.evaluation(), names, self.decision.stop)
             norm = float(jax.device_get(norm_of(params)))
         self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}
 
@@ -337,14 +331,14 @@ class Run:
         self.decision.working()
         with self._stopwatch.paused(), progress.phase("save"):
             if bad := self.programs.unsound(state):
+                overflowed = ", though every gradient was finite: the optimizer's update overflowed"
                 raise FaultError(
                     f"step {step} is not saved: {', '.join(bad[:5])}{' and others' * (len(bad) > 5)} hold NaN or "
-                    "infinity, though every gradient was finite: the optimizer's update overflowed. The last "
+                    f"infinity{overflowed if self.job.guard.finite else ', and guard.finite is off'}. The last "
                     "checkpoint is from before that. Lower optim.learning_rate, or set optim.clip_norm."
                 )
             found = self.evaluation.get(self.job.cadence.metric, math.nan)
             watched = found if self.memory.evaluated == step and math.isfinite(found) else None
             details = resume.meta(self.job, self.memory, self.resolved)
-            facts = resume.facts(self.job, self.resolved, self._parent)
+            facts = resume.facts(self.job, self.resolved, self.memory.origin or None)
             self.checkpoints.save(state, step, details, watched, facts=facts, replace=replace)
-            self._parent = step

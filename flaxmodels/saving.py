@@ -18,7 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
 
 from flaxmodels import disk, manifest
-from flaxmodels.runtime import peers
+from flaxmodels.runtime import exits, peers
 from flaxmodels.runtime.exits import FaultError
 
 # Seconds.
@@ -126,14 +126,19 @@ class Saving:
             time.sleep(PAUSE)
 
     def close(self) -> None:
-        """Let go of Orbax, if nothing is in flight: it would wait for ever."""
+        """Let go of Orbax, if nothing is in flight: else it, and Python at its end, might wait for ever."""
         if self.step is None:
             self._sweep()
             self.manager.close()
+        else:
+            exits.abandon()
 
     def slow(self) -> FaultError:
         """That the save in flight is overdue."""
-        return FaultError(f"{self} has not ended after {self.deadline_seconds:g} s. Is the storage there?")
+        return FaultError(
+            f"{self} has not ended after {self.deadline_seconds:g} s. Is the storage there? If it is only slow, raise "
+            "checkpoint.deadline_seconds."
+        )
 
     def __str__(self) -> str:
         return f"the save of step {self.step} to {str(self.directory)!r}"

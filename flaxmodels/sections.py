@@ -55,7 +55,7 @@ def batching(
     workers: Annotated[int, Range(0, 1024)] = 0,
     threads: Annotated[int, Range(1, 1024)] = 8,
     prefetch: Annotated[int, Range(1, 1024)] = 2,
-    timeout: Annotated[float, Range(1, 86400)] = 60.0,
+    timeout: Annotated[float, Range(1, 86400)] = 40.0,
     augment: tuple[dict, ...] = (),
     host_augment: tuple[dict, ...] = (),
 ) -> dict[str, Any]:

@@ -230,7 +230,21 @@ def _checked(entry: Mapping[str, Any]) -> RollBack:
 
 
 def write(workdir: Path, rollbacks: Sequence[RollBack]) -> None:
-    """Write them down, whole or not at all, and on the disk before anything is done about them."""
+    """Write them down, whole or not at all, and on the disk before anything is done about them.
+
+    Raises:
+      FaultError: they can't be written.
+    """
+    try:
+        _write(workdir, rollbacks)
+    except OSError as error:
+        raise FaultError(
+            f"{workdir / FILE} can't be written: {error.strerror}. It says which batches a roll back leaves out, so the run "
+            "ends before going back. Make room, and the same command goes on."
+        ) from error
+
+
+def _write(workdir: Path, rollbacks: Sequence[RollBack]) -> None:
     rows = [{"first": past.first, "stop": past.stop, "loss": past.loss.hex()} for past in rollbacks]
     new = workdir / f"{FILE}.tmp"
     with new.open("w") as file:

@@ -39,6 +39,7 @@ def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    assert jax.device_count() == 8  # starts JAX, before a command that a test runs asks for another number
     old = os.environ.get("TFDS_DATA_DIR")
     os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
     yield

@@ -99,6 +99,28 @@ def test_a_step_is_whole_and_says_what_it_is(tmp_path):
     assert checkpoints.meta(5)["memory"] == 5 and checkpoints.best() == 3
 
 
+def test_each_says_which_one_was_before_it(tmp_path):
+    """Not one that was skipped or lost, nor itself where its result comes later."""
+    checkpoints, found = Checkpoints(tmp_path, keep=9), {}
+    for step, replace in [(2, False), (4, False), (4, True)]:
+        checkpoints.save(state(step), step, {}, facts={"parent": "runs/a:7"}, replace=replace)
+        checkpoints.wait()
+        found |= {step: disk.facts(tmp_path, step)["parent"]}
+    checkpoints.discard(2)
+    checkpoints.save(state(5), 5, {}, facts={"parent": "runs/a:7"})
+    checkpoints.close()
+    assert found | {5: disk.facts(tmp_path, 5)["parent"]} == {2: "runs/a:7", 4: 2, 5: 2}
+
+
+@pytest.mark.parametrize("busy", ["wait", "skip"])
+def test_a_step_that_is_saved_already_is_not_due(tmp_path, monkeypatch, busy):
+    checkpoints, event = Checkpoints(tmp_path, every=2, busy=busy), held(monkeypatch)
+    checkpoints.save(state(2), 2, {})
+    assert not checkpoints.due(2) and checkpoints.notes() == []
+    event.set()
+    checkpoints.close()
+
+
 def test_a_result_that_comes_later_takes_its_place_at_once(tmp_path, monkeypatch):
     checkpoints = fill(tmp_path, [1, 2], watched={1: 0.5})
     before = listing(tmp_path / "2")

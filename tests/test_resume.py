@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from flaxmodels import resume
+from flaxmodels.registry import UserError
 
 
 def git(*words):
@@ -62,3 +63,14 @@ def test_facts_are_json_and_say_what_a_checkpoint_came_from():
     assert same["config sha256"] == facts["config sha256"] != resume.facts(job, {"seed": 1}, None)["config sha256"]
     job.identity["seed"] = 1
     assert resume.facts(job, {}, None)["data sha256"] != facts["data sha256"] == same["data sha256"]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"config": {"se'])
+def test_a_config_that_a_crash_cut_off_is_named(tmp_path, text):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json' is damaged .* --allow_config_change"):
+        resume.same_config(tmp_path, [("seed", 0, "default")], False)
+    resume.same_config(tmp_path, [("seed", 0, "default")], True)
+    resume.write_config(tmp_path, {"seed": 0})
+    resume.same_config(tmp_path, [("seed", 0, "default")], False)

@@ -60,6 +60,34 @@ def test_the_first_asks_and_the_second_ends(quick, number):
     assert exits.code_of(error) == 128 + number and f"{number.name} once more" in str(error)
 
 
+def test_a_signal_that_the_thread_hears_late_is_no_second_one(quick):
+    """The main thread may hold the interpreter's lock meanwhile."""
+
+    def body(stop, errors):
+        stop._turn.acquire()  # the thread waits
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(3 * signals.SAME)
+        stop._turn.release()
+        wait_for(lambda: stop._came)
+
+    assert commanded(body) == []
+
+
+def test_the_signal_that_follows_a_notice_is_the_first(quick):
+    def body(stop, errors):
+        stop.ask(signal.SIGTERM, NOTICE)
+        time.sleep(3 * signals.SAME)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: stop._came)
+        assert not errors and stop.notice == NOTICE
+        time.sleep(3 * signals.SAME)
+        signal.raise_signal(signal.SIGTERM)
+        wait_for(lambda: errors)
+
+    (error,) = commanded(body)
+    assert "SIGTERM once more" in str(error)
+
+
 def test_one_signal_told_twice_is_one():
     def body(stop, errors):
         for _ in range(3):
@@ -240,6 +268,18 @@ def test_a_process_that_nobody_reads_leaves_all_the_same():
             assert child.wait(timeout=20) == 1
         finally:
             child.kill()
+
+
+@pytest.mark.parametrize("error", ["FaultError('lost')", "ValueError('lost')"])
+def test_a_thread_that_never_ends_keeps_no_command(error):
+    """Such as one that writes to storage that has gone: Python would wait for it."""
+    hangs = "import threading\nthreading.Thread(target=time.sleep, args=(600,)).start()\nexits.abandon()"
+    with process(f"{hangs}\nraise {error.replace('Fault', 'exits.Fault')}") as child:
+        try:
+            _, err = child.communicate(timeout=20)
+        finally:
+            child.kill()
+    assert child.returncode == 1 and "lost" in err
 
 
 def test_importing_it_loads_no_jax():

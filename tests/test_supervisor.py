@@ -233,9 +233,11 @@ def test_lost_time_by_cause():
 
 def test_time_that_someone_wanted_is_not_lost():
     for ended, down in [(0, False), (2, False), (130, False), (143, True), (None, True), (1, True), (-6, True)]:
-        lines = goodput.account([attempt(0.0, 0, 4, ended, training=1.0), attempt(9.0, 4, 8, 0, training=1.0)])
+        rows = [attempt(0.0, 0, 4, ended, training=1.0), attempt(9.0, 4, 8, 1, training=1.0)]
+        assert bool(goodput.account(rows)) == down  # without a fault there is nothing to tell
+        lines = goodput.account([*rows, attempt(10.0, 8, 12, 0, training=1.0)])
         assert ("down 8.0 s" in lines[1]) == down and "steps made again: 0" in lines[1]
-        assert lines[0].startswith("goodput 20.0%" if down else "goodput 100.0%")
+        assert lines[0].startswith("goodput 27.3%" if down else "goodput 100.0%")
 
 
 def test_between_two_machines_the_clock_on_the_wall_counts_and_never_backwards():

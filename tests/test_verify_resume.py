@@ -148,7 +148,7 @@ import sys
 from flaxmodels.data.synthetic import synthetic_images
 from flaxmodels.models.mlp import MLP
 
-again = any("killed_002" in word for word in sys.argv)
+again = any("killed_1_002" in word for word in sys.argv)
 
 def source(examples: int = 256):
     found = synthetic_images(examples, 32)

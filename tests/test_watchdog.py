@@ -41,7 +41,7 @@ def test_training_is_measured_by_its_slowest_step():
     with progress.phase("training"):
         assert ticks(watch, 31).limit == LIMITS["training"]
         progress.beat(1)
-        assert ticks(watch, 3).limit == LEAST  # the first dispatch is no measure
+        assert ticks(watch, 3).limit == LIMITS["training"]  # the first dispatch is no measure
         progress.beat(2)
         assert ticks(watch, 6).limit == LEAST > SLOWER * 2
         progress.beat(3)
@@ -49,8 +49,29 @@ def test_training_is_measured_by_its_slowest_step():
         with progress.phase("save"):
             assert ticks(watch, 100).limit == LIMITS["save"]
         assert watch.tick(1.0).limit == SLOWER * 5
-        with progress.phase("data"):
-            assert watch.tick(1.0).limit == SLOWER * 5
+        with progress.phase("data"):  # once more the first batch of a stretch, of workers that have just been started
+            assert watch.tick(1.0).limit == LIMITS["data"]
+
+
+@pytest.mark.parametrize("seconds", [10, 60, 1000])
+def test_steps_that_take_long_are_not_stuck(seconds):
+    watch = Watch()
+    with progress.phase("training"):
+        for step in range(1, 5):
+            found = ticks(watch, seconds)
+            assert found.stalled <= found.limit
+            progress.beat(step)
+        assert ticks(watch, 1).limit == max(LEAST, SLOWER * (seconds - 1))
+
+
+def test_a_longer_limit_of_data_holds_for_training_too():
+    watch = Watch()
+    with progress.phase("training"):
+        progress.allow(3 * LEAST)
+        for step in range(1, 4):
+            ticks(watch, 1)
+            progress.beat(step)
+        assert ticks(watch, 1).limit == 3 * LEAST
 
 
 def test_data_before_the_first_step_take_their_time():
@@ -78,6 +99,13 @@ def test_what_the_user_asks_for(asked, expected):
         assert watch.tick(1.0).limit == (math.inf if asked == math.inf else LIMITS["training"])
         progress.beat(1)
         assert watch.tick(1.0).limit == expected
+
+
+@pytest.mark.parametrize("name", progress.PHASES)
+def test_asking_for_more_gives_every_phase_more(name):
+    """As the message says."""
+    with progress.phase(name):
+        assert Watch(1e6).tick(1.0).limit == 1e6
 
 
 def at(step, stalled=0.0, limit=45.0, *, waits=False, beats=10, phase="training"):

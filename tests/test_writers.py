@@ -351,7 +351,11 @@ def test_a_closed_pipe_does_not_stop_the_run_nor_change_its_exit_code(tmp_path):
     [
         ("pass", 0),
         ("raise RuntimeError('boom')", 1),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", -signal.SIGINT),
+        # Where pytest runs in the background of a shell, SIGINT is ignored, and children inherit that.
+        (
+            "import os, signal; signal.signal(2, signal.default_int_handler); os.kill(os.getpid(), signal.SIGINT)",
+            -signal.SIGINT,
+        ),
     ],
 )
 def test_a_terminal_gets_its_cursor_back_however_the_run_ends(tmp_path, end, code):

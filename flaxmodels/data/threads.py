@@ -35,7 +35,7 @@ class Loading:
     workers: int = 0
     threads: int = 8
     ahead: int = 2
-    timeout: float = 60.0
+    timeout: float = 40.0
 
 
 @contextlib.contextmanager

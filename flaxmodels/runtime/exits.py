@@ -25,6 +25,7 @@ _INTERRUPTED = "interrupted before there was anything to save"
 # Seconds for the last words of a process that leaves at once: whoever reads them may have stopped to.
 LAST_WORDS = 2.0
 _COMMAND = threading.Event()  # set while `reported` runs
+_ABANDONED = threading.Event()
 
 
 class FaultError(RuntimeError):
@@ -79,17 +80,31 @@ def reported(main: Callable[[], int], *, debug: bool) -> int:
     """
     logging.set_verbosity(logging.FATAL)  # Orbax warns of what we ask for on purpose, and logs errors that it raises
     _COMMAND.set()
+    _ABANDONED.clear()
     try:
-        return main()
+        code = main()
     except (UserError, FaultError, BrokenPipeError, KeyboardInterrupt) as error:
-        return _told(error, debug=debug)
+        code = _told(error, debug=debug)
+    except BaseException as error:
+        if _ABANDONED.is_set():
+            leave(error, debug=debug)
+        raise
     finally:
         _COMMAND.clear()
+    if _ABANDONED.is_set():
+        leave(SystemExit(code))
+    return code
 
 
 def commanding() -> bool:
     """Whether this process is a command's own, and may be ended by it; not a notebook, say, that called `fit`."""
     return _COMMAND.is_set()
+
+
+def abandon() -> None:
+    """A thread may never end, such as one that writes to storage that has gone: a command leaves without it."""
+    if commanding():
+        _ABANDONED.set()
 
 
 def code_of(error: BaseException) -> int:

@@ -75,7 +75,7 @@ class Attempt:
             self._thread.start()
 
     def end(self, code: int) -> list[str]:
-        """It ends with an exit code. Returns lines on all attempts, where there were several; called again, none."""
+        """It ends with an exit code. Returns the lines of `account`; called again, none."""
         if self._thread is None or self._over.is_set():
             return []
         self._record["ended"] = code
@@ -123,7 +123,7 @@ def close(workdir: Path, pid: int, code: int) -> None:
 
 
 def summary(workdir: Path) -> list[str]:
-    """Lines on all attempts of a run; [] where there were not several."""
+    """Lines on all attempts of a run; [] where each but the last ended as was wanted."""
     return account(read(workdir))
 
 
@@ -164,8 +164,8 @@ def ending(code: int | None) -> str:
 
 
 def account(records: Sequence[Record]) -> list[str]:
-    """Goodput, and lost time by cause, of the attempts of a run; [] where there are not several."""
-    if len(records) < 2:
+    """Goodput, and lost time by cause, of the attempts of a run; [] where each but the last ended as was wanted."""
+    if all(record["ended"] in WANTED for record in records[:-1]):
         return []
     spent, lost = dict.fromkeys(progress.PHASES, 0.0), {"redone steps": 0.0, "down": 0.0}
     redone = 0

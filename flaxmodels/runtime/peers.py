@@ -19,8 +19,9 @@ from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits, pulse
 from flaxmodels.runtime.exits import FaultError, SignalledError
 
-# Seconds. Reading a data set takes some processes longer than others.
-LIMIT = 1800.0
+# Seconds: as long as `watchdog` gives a phase. Reading data takes some processes longer than others, and so does
+# compiling, where one finds the program in its cache. One that is dead, frozen or stuck is known before, by `pulse`.
+LIMIT = 10800.0
 PAUSE = 0.05
 LAST = 5.0  # for the others, once one process ends at once
 CAUSE = 2.0  # for the news of what made a collective fail, which may come later than its failure

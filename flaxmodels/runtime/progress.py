@@ -37,6 +37,7 @@ _counted = _since  # up to here `_totals` is right
 _totals = dict.fromkeys(PHASES, 0.0)
 _paces = dict.fromkeys(("", *PHASES), 0)
 _depth, _owner = 0, 0
+_allowed = 0.0
 
 
 @contextlib.contextmanager
@@ -103,10 +104,21 @@ def totals() -> dict[str, float]:
     return found
 
 
+def allow(seconds: float) -> None:
+    """So long may training or an evaluation stand still, as something else has a time limit of its own."""
+    global _allowed
+    _allowed = seconds
+
+
+def allowed() -> float:
+    """Seconds; see `allow`."""
+    return _allowed
+
+
 def reset() -> None:
     """Start counting anew, as for another run in the same process; the phase it is in stays."""
-    global _step, _beats, _since, _counted
-    _step, _beats = None, 0
+    global _step, _beats, _since, _counted, _allowed
+    _step, _beats, _allowed = None, 0, 0.0
     _since = _counted = time.monotonic()
     _totals.update(dict.fromkeys(_totals, 0.0))
     _paces.update(dict.fromkeys(_paces, 0))

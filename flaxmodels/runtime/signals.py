@@ -21,7 +21,7 @@ from flaxmodels.runtime.exits import SignalledError
 CAUGHT = (signal.SIGTERM, signal.SIGINT)
 # Seconds in which a second signal is the first one told twice: a scheduler signals all processes of a job, and a
 # supervisor among them passes on what it hears.
-SAME = 0.5
+SAME = 1.0
 NOTICE = "preemption notice"
 _OPEN: list["Stop"] = []
 
@@ -41,7 +41,7 @@ class Stop:
         self.signal: signal.Signals | None = None
         self.notice = ""
         self._end, self._ours = end, False
-        self._came = 0.0  # when, on the monotonic clock
+        self._came = 0.0  # when the first signal was heard, on the monotonic clock; a notice is none
         self._saved = ""  # says that nothing would be lost; "" where something would
         self._turn = threading.Lock()
         self._previous: dict[signal.Signals, Any] = {}
@@ -83,8 +83,10 @@ class Stop:
         return self._came > 0 and time.monotonic() - self._came > SAME
 
     def _note(self, number: signal.Signals, notice: str = "") -> None:
-        if not self._came:
-            self._came, self.notice, self.signal = time.monotonic(), notice, number
+        if self.signal is None:
+            self.notice, self.signal = notice, number
+        if not notice:  # a machine that gave notice sends a signal too, when it shuts down: that one is the first
+            self._came = self._came or time.monotonic()
 
     def __enter__(self) -> Self:
         # Python lets only the main thread listen; elsewhere (a notebook's worker, say) the embedding program decides.
@@ -108,7 +110,10 @@ class Stop:
 
     def _catch(self, number: int, frame: types.FrameType | None) -> None:
         """In the main thread, between two instructions, which may be long after the signal."""
-        if not self._ours and (self._saved or self._again()):  # as if nobody listened
+        if self._ours:  # the thread that listens hears it too, perhaps later: that is no second one
+            self.signal = self.signal or signal.Signals(number)
+            return
+        if self._saved or self._again():  # as if nobody listened
             signal.signal(number, self._previous[signal.Signals(number)])
             signal.raise_signal(number)
         self._note(signal.Signals(number))

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from flaxmodels.runtime import progress
 
-# Seconds in which something must move, where the speed is not known yet: a large model compiles for an hour, and slow
-# storage takes minutes. Outside of all phases there is no limit.
+# Seconds in which something must move, where the speed is not known yet: a large model compiles for an hour, as a
+# large data set is read into memory, and slow storage takes minutes. Outside of all phases there is no limit.
 LIMITS = {
     "": math.inf,
     "start": 7200.0,
-    "data": 3600.0,
+    "data": 10800.0,
     "compile": 10800.0,
     "restore": 7200.0,
     "training": 3600.0,
@@ -70,8 +70,8 @@ class Watch:
     It counts ticks, not time: a process that was stopped for hours, by a debugger or a closed laptop, did not tick.
 
     Args:
-      stuck_after: seconds for training, from its first step on, and for evaluation; None goes by their speed.
-        `math.inf` turns off the limits of all phases.
+      stuck_after: seconds for training, from its first step on, and for evaluation; None goes by their speed. The
+        limits of other phases it only raises. `math.inf` turns them all off.
     """
 
     def __init__(self, stuck_after: float | None = None) -> None:
@@ -86,7 +86,7 @@ class Watch:
           elapsed: seconds since the last tick, no more than a tick can take.
         """
         now = progress.now()
-        kind = "training" if now.phase == "data" and progress.paces("training") else now.phase
+        kind = now.phase
         if now.beats != self._beats:
             if self._counts:
                 self._slowest[self._kind] = max(self._slowest[self._kind], self._stalled)
@@ -101,9 +101,14 @@ class Watch:
     def _limit(self, kind: str) -> float:
         if self._asked == math.inf:
             return math.inf
-        if kind not in self._slowest or not (progress.paces(kind) or (self._asked and kind == "evaluation")):
-            return LIMITS[kind]
-        return self._asked or max(LEAST, SLOWER * self._slowest[kind])
+        most = max(LIMITS[kind], self._asked or 0.0)
+        if kind not in self._slowest:
+            return most
+        if self._asked and (kind == "evaluation" or progress.paces(kind)):
+            return self._asked
+        # The time from one beat of training to the next is known at the second; a step may take minutes.
+        known = progress.paces(kind) > (kind == "training")
+        return max(LEAST, progress.allowed(), SLOWER * self._slowest[kind]) if known else most
 
 
 def stands() -> tuple[bool, str]:

@@ -6,6 +6,7 @@ the two left is compared: each batch, each line of the log, and the last state. 
 """
 
 import dataclasses
+import itertools
 import json
 import random
 import secrets
@@ -28,6 +29,8 @@ from flaxmodels.verify.kills import Kill, Pace
 LEAST_STEPS = 12
 # Seconds for what is left of a run to end, after one of its processes was killed or asked to stop.
 LEAVING = 120.0
+# Runs one after the other that end before they could be killed: then there is nothing to hit.
+IDLE = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ def run(
     Args:
       arguments: "--config=FILE" and "--config.KEY=VALUE", as for training.
       given: the config that they stand for, resolved: dotted key -> value.
-      kills: how many; fewer are made where the run ends before the last ones.
+      kills: how many; where a run ends before the last ones, a new one gets these.
       steps: of the run.
       hosts: processes of this machine that train together.
       devices: simulated CPU devices in all; None: what the machine has, two for each host where they are several.
@@ -96,15 +99,24 @@ def run(
         show(f"made short: {changed}")
         show(f"seed {seed}: --seed={seed} draws the same kills again")
         expected, pace = trial.whole("left_alone")
+        within = None if expected.bits else tolerance
         if not expected.bits:
             show(
                 f"this GPU does not compute the same bits each time: losses and norms are compared within {tolerance:g}"
                 f" (for bits, XLA_FLAGS={accounts.DETERMINISTIC})"
             )
         drawn = killing.draw(random.Random(seed), kills, steps, trial.changes["checkpoint.every"], hosts)
-        found, tally = trial.killed("killed", drawn, pace)
-        within = None if expected.bits else tolerance
-        differs = tally.lost or accounts.difference(expected, found, steps, within)
+        tally, idle, differs = _Tally(len(drawn)), 0, ""
+        for number in itertools.count(1):
+            before = tally.made
+            found = trial.killed(f"killed_{number}", drawn[before:], pace, tally)
+            differs = tally.lost or accounts.difference(expected, found, steps, within)
+            idle = 0 if tally.made > before else idle + 1
+            if differs or tally.made == len(drawn) or idle == IDLE:
+                break
+            show(f"the run has ended; a new one gets the other {len(drawn) - tally.made}")
+        if not tally.made and not differs:
+            raise FaultError(f"the run ended before it could be killed once: nothing is proved. Raise --steps={steps}.")
         if not differs:
             return Verdict(True, f"{tally}; {accounts.compared(expected, within)}", tally.made, tally.again)
         if not tally.lost:
@@ -206,9 +218,9 @@ class _Trial:
         self.limit = min(self.limit, LEAVING + 5 * seconds)  # of those that are killed
         return account, pace
 
-    def killed(self, name: str, drawn: Sequence[Kill], pace: Pace) -> tuple[Account, _Tally]:
-        """A run that is killed, and started again, till it ends."""
-        account, tally, checkpoints = self._account(), _Tally(len(drawn)), self.folder / name / "checkpoints"
+    def killed(self, name: str, drawn: Sequence[Kill], pace: Pace, tally: _Tally) -> Account:
+        """A run that is killed, and started again, till it ends. Kills that were made are added to `tally`."""
+        account, checkpoints = self._account(), self.folder / name / "checkpoints"
         before: _Struck | None = None  # the last kill, till it is known where the run went on
         for number, kill in enumerate([*drawn, None], 1):
             with self._start(name, number) as crew:
@@ -230,7 +242,9 @@ class _Trial:
                 self.show(f"{before.line} killed again before it resumed")
             tally.made += 1
             where = f"at step {max(steps)}" if steps else "before a step"
-            line = f"{tally.made:>3}/{len(drawn)}  {kill!s:<36} {where:<14} on disk: {killing.on_disk(checkpoints):<26}"
+            line = (
+                f"{tally.made:>3}/{tally.asked}  {kill!s:<36} {where:<14} on disk: {killing.on_disk(checkpoints):<26}"
+            )
             asked = kill.kind == "SIGTERM"
             if asked and not set(codes) <= {exits.SIGNALLED + signal.SIGTERM, exits.DONE}:
                 tally.lost = tally.lost or f"SIGTERM {where}: the processes left with {codes}, expected 143"
@@ -239,7 +253,7 @@ class _Trial:
             last = max(steps) if steps and not asked else logged
             before = _Struck(line, last, asked and bool(steps))
         self._finish(account, name, crew)
-        return account, tally
+        return account
 
     def _tell(self, tally: _Tally, struck: _Struck, resumed: int) -> None:
         """Show the line of a kill, now that it is known where the run went on."""

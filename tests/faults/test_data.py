@@ -43,8 +43,8 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-@slow
-@pytest.mark.parametrize("fault", [pytest.param(name, marks=[] if name == "exit0" else nightly) for name in SAID])
+@nightly
+@pytest.mark.parametrize("fault", SAID)
 def test_f19_a_worker_that_fails_ends_the_run_which_goes_on_exactly(undisturbed, tmp_path, figures, fault):
     workdir, once = tmp_path / "run", tmp_path / "once"
     env = {"FAULT": fault, "FAULT_STEP": str(STEP), "FAULT_ONCE": str(once)}

@@ -133,7 +133,7 @@ STEPS = 12
 SHORT = [f"--config.train.duration={STEPS}", "--config.train.eval_every=0"]
 
 
-@pytest.mark.parametrize("rounds", [pytest.param(1, marks=slow), pytest.param(12, marks=nightly)])
+@pytest.mark.parametrize("rounds", [pytest.param(1, marks=nightly), pytest.param(12, marks=nightly)])
 def test_f37_harmed_programs_are_compiled_again(tmp_path, figures, rounds):
     """Bare JAX warns of a flipped bit at each start for ever, and runs another program without a word."""
     programs, harmed = tmp_path / "programs", 0

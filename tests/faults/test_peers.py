@@ -116,7 +116,7 @@ def test_f15_a_run_that_is_stopped_goes_on(tmp_path, topology):
 @pytest.mark.parametrize(
     ("where", "process", "topology", "after"),
     [
-        pytest.param("data", 1, T2x4, 5, marks=pytest.mark.slow),
+        pytest.param("data", 1, T2x4, 5, marks=pytest.mark.nightly),
         pytest.param("data", 0, T2x4, 5, marks=pytest.mark.nightly),
         pytest.param("step", 1, T2x4, 5, marks=pytest.mark.nightly),
         pytest.param("step", 0, T2x4, 5, marks=pytest.mark.nightly),
