@@ -239,7 +239,7 @@ def write(workdir: Path, rollbacks: Sequence[RollBack]) -> None:
         _write(workdir, rollbacks)
     except OSError as error:
         raise FaultError(
-            f"{workdir / FILE} can't be written: {error.strerror}. It says which batches a roll back leaves out, so the "
+            f"{workdir / FILE} can't be written: {error.strerror}. It says which batches a roll back leaves out: the "
             "run ends before going back. Make room, and the same command goes on."
         ) from error
 
