@@ -74,6 +74,7 @@ def small_blocks(monkeypatch):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_ring_computes_plain_attention(axes, kv_heads, dtype, packed, small_blocks):
     compare(attention.ring, arrays((2, 32, 4, 8), kv_heads, dtype, packed), axes and make_mesh(**axes))
 

@@ -209,6 +209,7 @@ NOTHING = {
 @pytest.mark.parametrize(
     "names", [tuple(NOTHING), *(pytest.param((name,), marks=pytest.mark.slow) for name in NOTHING)], ids="-".join
 )
+@pytest.mark.slow
 def test_nothing_is_exactly_nothing(names):
     batch = batch_of(noise(5, 13, 13))
     found = changed(batch, *({"name": name, **NOTHING[name]} for name in names))

@@ -331,6 +331,7 @@ HOLD = "import sys; from pathlib import Path; from flaxmodels.runtime.lock impor
 HOLD += "with workdir_lock(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
+@pytest.mark.slow
 def test_workdir_of_another_process(refused, shell, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

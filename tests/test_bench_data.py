@@ -106,6 +106,7 @@ def test_functions_on_the_host_are_part_of_it(quick):
     assert [row["chosen"] for row in rows] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_peer_does_the_same_work(quick):
     rows = bench_data.bench(config(), 0.0, against=("grain",))
     speeds = {row["way"]: row for row in rows}

@@ -190,6 +190,7 @@ def test_resumed_from_disk_is_uninterrupted(tmp_path, stop):
 
 
 @pytest.mark.parametrize("placement", ["disk", "host"])
+@pytest.mark.slow
 def test_what_can_not_be_read_is_left_out_in_its_place(tmp_path, placement):
     unreadable = tuple(range(5, 25))
     whole, part = job_of(placement), job_of(placement, unreadable=unreadable)
@@ -207,6 +208,7 @@ def test_what_can_not_be_read_is_left_out_in_its_place(tmp_path, placement):
     assert "examples could not be read so far, and were left out" in out.getvalue()
 
 
+@pytest.mark.slow
 def test_microbatches_train_alike():
     """Sums and counts add up, with unequal weights (unreadable examples) too; no dropout, whose masks differ."""
     found = []
@@ -382,6 +384,7 @@ def test_what_is_best_starts_anew_on_other_test_data(tmp_path):
     assert found["best"] == last["eval/loss"] > first.metrics["eval/loss"] and found["stale"] == 0
 
 
+@pytest.mark.slow
 def test_options_of_an_own_source_are_part_of_its_identity(tmp_path):
     """What they do to the data we can't know: they may not change without a word, in a mixture either."""
     config = stored()

@@ -78,6 +78,15 @@ def left():
     )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections():
+    """What other tests have left in memory, such as JAX's programs, is not looked through again each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def nothing_left():
     list(stream(rows, range(1), Loading()))  # imports, and pools that live as long as the process

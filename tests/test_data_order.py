@@ -100,6 +100,7 @@ def test_computed_order_is_a_permutation(computed, size, epoch):
     assert found.dtype == np.int32 and sorted(found) == list(range(size))
 
 
+@pytest.mark.slow
 def test_computed_order_is_a_permutation_of_a_large_set():
     size = order.SORTED + 7
     found = order.permuted(0, 0, np.arange(size), size)

@@ -72,7 +72,7 @@ def test_versions_that_go_together():
 def test_what_is_installed_here_goes_together():
     found = versions.installed()
     wanted = versions.requirements(found)
-    assert "jax" in wanted["flaxmodels-train"][4] or any(line.startswith("jax>") for line in wanted["flaxmodels-train"])
+    assert any(re.match(r"jax\b", line) for line in wanted["flaxmodels-train"])
     assert any("libtpu" in line for line in wanted["jax"])
     assert not bad(versions.packages(found, wanted))
 
@@ -185,6 +185,8 @@ def test_a_process_that_holds_the_lock_of_libtpu_is_found(tmp_path):
     with lock.open("w") as held:
         child = subprocess.Popen(["sleep", "60"], stdout=held)
     try:
+        while not Path(f"/proc/{child.pid}/cmdline").read_bytes():
+            time.sleep(0.01)  # it is there before it has its name
         (found,) = [one for one in devices.holders() if one.pid == child.pid]
         assert found == devices.Holder(child.pid, "sleep 60", (str(lock),))
     finally:

@@ -27,6 +27,7 @@ def test_main_job(trained):
     assert "\x1b" not in done.stdout  # no escapes in a pipe
 
 
+@pytest.mark.slow
 def test_the_same_command_again_only_evaluates(trained, run):
     command, workdir, first = trained
     before = (workdir / "metrics.jsonl").read_bytes()

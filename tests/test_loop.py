@@ -78,7 +78,9 @@ def uninterrupted(tmp_path_factory):
     return logged(workdir), outcome, 10**6 - asked.left
 
 
-@pytest.mark.parametrize("moment", [0, 1, 4, 0.5, 0.7, -4, -3, -2, -1])
+@pytest.mark.parametrize(
+    "moment", [0, 0.5, -1, *(pytest.param(moment, marks=pytest.mark.slow) for moment in (1, 4, 0.7, -4, -3, -2))]
+)
 def test_stopped_and_resumed_equals_uninterrupted(tmp_path, monkeypatch, uninterrupted, moment):
     """Whether the signal comes before the first step, between dispatches, or within an evaluation, the last one too."""
     rows, whole, polls = uninterrupted
@@ -113,6 +115,7 @@ def test_what_several_processes_decide_resumes_alike(tmp_path, monkeypatch, unin
     assert logged(tmp_path) == rows and resumed.finished == whole.finished
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path):
     fit(small_config(train=dict(duration=10, eval_every=5)), tmp_path)
     longer = small_config(train=dict(duration=20, eval_every=5))
@@ -121,6 +124,7 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path):
     assert [row["step"] for row in logged(tmp_path) if "eval/loss" in row] == [5, 10, 15, 20]
 
 
+@pytest.mark.slow
 def test_a_module_with_any_default_trains_and_resumes(tmp_path):
     """Functions, dtypes and factories are ordinary Flax fields; they are stored by name, the same in every process."""
     config = small_config(train=dict(duration=4))
@@ -132,6 +136,7 @@ def test_a_module_with_any_default_trains_and_resumes(tmp_path):
     assert fit(config, tmp_path).finished == "all steps made"
 
 
+@pytest.mark.slow
 def test_running_a_finished_run_again_changes_nothing(tmp_path):
     first = fit(small_config(), tmp_path)
     before = logged(tmp_path)
@@ -180,6 +185,7 @@ def test_padded_evaluation_equals_unpadded(devices):
     np.testing.assert_allclose(list(results[1].values()), list(results[0].values()), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_early_stopping(tmp_path):
     """A learning rate of 0 never gets better than the first evaluation."""
     config = small_config(
@@ -190,6 +196,7 @@ def test_early_stopping(tmp_path):
     assert fit(config, tmp_path).step == 40
 
 
+@pytest.mark.slow
 def test_newest_and_best_are_kept_and_survive_a_restart(tmp_path):
     config = small_config(train=dict(duration=60, eval_every=10, metric="eval/loss"), checkpoint=dict(every=5, keep=1))
     outcome = fit(config, tmp_path)

@@ -113,6 +113,7 @@ def test_host_and_device_placement_give_the_same_batches():
     np.testing.assert_allclose(b[1], a[1], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_per_dispatch_change_no_bit():
     """One compiled loop serves all cuts, so where a dispatch ends changes nothing."""
     jobs = [assemble(small.config("mlp", train=dict(steps_per_dispatch=k)), devices=jax.devices()[:1]) for k in (7, 1)]

@@ -125,6 +125,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("model", SMALL, ids=lambda m: type(m).__name__)
+@pytest.mark.slow
 def test_logits_and_parameters_stay_float32_when_the_compute_is_bfloat16(model):
     variables = fill(model, IMAGES)
     exact = run(model, variables, IMAGES)
@@ -156,6 +157,7 @@ def test_a_dict_of_inputs_is_refused(model):
 # MLP
 
 
+@pytest.mark.slow
 def test_mlp_learns_xor():
     x, y = jnp.array([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.float32), jnp.array([0, 1, 1, 0])
     model, tx = MLP(2, hidden=(16,)), optax.adam(0.05)
@@ -203,6 +205,7 @@ def test_dropout_has_its_rate_in_training_and_is_off_otherwise():
 @pytest.mark.parametrize(
     ("shape", "p"), [((2, 8, 8, 3), 2), ((2, 6, 9, 2), 3), ((2, 7, 8, 3), 2), ((1, 34, 34, 1), 17)]
 )
+@pytest.mark.slow
 def test_max_pool_and_its_gradient_are_those_of_linen(shape, p):
     def linen(x):
         return nn.max_pool(x, window_shape=(p, p), strides=(p, p))

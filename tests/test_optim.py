@@ -196,6 +196,7 @@ def test_muon_takes_a_stack_of_layers_as_a_batch_of_matrices():
     ],
 )
 @pytest.mark.parametrize("layered", [False, True])
+@pytest.mark.slow
 def test_muon_makes_the_update_of_a_kernel_orthogonal(path, shape, matrix, layered):
     """Whatever the singular values of the gradient, those of the update are near one value; Adam's are not."""
     scale = np.logspace(0, -1.5, matrix[1]).astype(np.float32)

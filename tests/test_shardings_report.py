@@ -25,6 +25,7 @@ def plain():
     return job, shardings.report(job)[0]
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_arrays(plain):
     job, report = plain
     state = job.fresh()

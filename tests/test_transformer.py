@@ -171,6 +171,7 @@ def packed(tokens, segments=SEGMENTS, positions=POSITIONS):
 
 
 @BOTH
+@pytest.mark.slow
 def test_packed_documents_are_those_alone(model):
     params = random_params(model)
     logits = run(model, params, packed(TOKENS))
@@ -355,6 +356,7 @@ def only(model, branch):
 
 
 @pytest.mark.parametrize("branch", ["embed", "attention", "mlp"])
+@pytest.mark.slow
 def test_each_dropout_has_its_rate(branch):
     rate = 0.3
     model = LLAMA.clone(layers=1, width=128, vocab_size=128, use_bias=True, dropout=rate)

@@ -62,15 +62,16 @@ def check(place: Path) -> list[str]:
     for entry in sorted(place.glob(f"*{ENTRY}")):
         sealed = entry.with_name(entry.name + SEAL)
         with contextlib.suppress(OSError):  # another process has just removed it, or it is not ours
-            data, expected = entry.read_bytes(), sealed.read_text() if sealed.exists() else None
-            if _seal(entry, data) == expected:
+            expected, _, untouched = (sealed.read_text() if sealed.exists() else "").partition(" ")
+            if untouched == _touched(entry):  # a folder of gigabytes is not read at each start
                 continue
-            if expected is None and _unpacks(data):
+            data = entry.read_bytes()
+            if expected == _digest(entry, data) or (not expected and _unpacks(data)):
                 _write(sealed, _seal(entry, data))
                 continue
             entry.unlink(missing_ok=True)
             sealed.unlink(missing_ok=True)
-            why = "can't be unpacked" if expected is None else "is not what was written"
+            why = "can't be unpacked" if not expected else "is not what was written"
             removed.append(f"warning: compiled program {entry.name} in {place} {why}: removed, and compiled again")
     return removed
 
@@ -95,7 +96,17 @@ def seal(place: Path | None) -> None:
 
 
 def _seal(entry: Path, data: bytes) -> str:
+    return f"{_digest(entry, data)} {_touched(entry)}"
+
+
+def _digest(entry: Path, data: bytes) -> str:
     return hashlib.sha256(entry.name.encode() + b"\0" + data).hexdigest()
+
+
+def _touched(entry: Path) -> str:
+    """What changes with every write to an entry, and when another file takes its place."""
+    found = entry.stat()
+    return f"{found.st_mtime_ns}-{found.st_ctime_ns}-{found.st_ino}-{found.st_size}"
 
 
 def _write(file: Path, text: str) -> None:
