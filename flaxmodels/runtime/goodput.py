@@ -92,9 +92,11 @@ class Attempt:
 
     def _keep(self, workdir: Path) -> None:
         over = False
-        while not over:
+        while True:
+            _write(workdir, [*self._earlier, self._now()])  # at once: a run may be killed in its first second
+            if over:
+                return
             over = self._over.wait(EVERY)
-            _write(workdir, [*self._earlier, self._now()])
 
 
 @contextlib.contextmanager
