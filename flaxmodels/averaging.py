@@ -14,6 +14,7 @@ import numpy as np
 from flaxmodels import fitting, shelf, stored, tensors
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.fitting import Leaf
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.shelf import Entry
 from flaxmodels.state import TrainState
@@ -85,4 +86,4 @@ def _mean(found: Sequence[Entry], leaves: Mapping[str, Leaf]) -> dict[str, np.nd
 
 
 def _replaced(tree: Any, prefix: str, values: Mapping[str, np.ndarray]) -> Any:
-    return jax.tree.map_with_path(lambda keys, x: values.get(prefix + fitting.path_of(keys), x), tree)
+    return jax.tree.map_with_path(lambda keys, x: values.get(prefix + path_of(keys), x), tree)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError, suggest
 
 # Differences that a message lists; how many more there are, it says.
@@ -52,11 +53,6 @@ def leaves(tree: Any) -> dict[str, Leaf]:
     """Path -> leaf of each array of a tree: of arrays, `jax.ShapeDtypeStruct`, or what Orbax says of stored ones."""
     found = jax.tree.leaves_with_path(tree)
     return {path_of(keys): Leaf(tuple(x.shape), str(jnp.dtype(x.dtype))) for keys, x in found}
-
-
-def path_of(keys: tuple[Any, ...]) -> str:
-    """A pytree path as text: "params/head/kernel"."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def compiled(patterns: Sequence[str], where: str) -> tuple[re.Pattern[str], ...]:

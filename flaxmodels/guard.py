@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 
 from flaxmodels import metrics as metric
 from flaxmodels import sharding
+from flaxmodels.paths import path_of
 from flaxmodels.registry import Positive, Range
 from flaxmodels.state import TrainState
 from flaxmodels.step import Step, compile_step
@@ -172,7 +173,7 @@ def sound(state: TrainState) -> dict[str, jax.Array]:
     found = {}
     for keys, x in jax.tree.leaves_with_path(state.replace(opt_state=state.opt_state.inner)):
         if jnp.issubdtype(x.dtype, jnp.floating):
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            path = path_of(keys)
             own = path.startswith("opt_state/") and x.ndim == 0
             found[path] = jnp.all(~jnp.isnan(x) if own else jnp.isfinite(x))
     return found

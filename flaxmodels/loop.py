@@ -17,10 +17,11 @@ from typing import Any, TextIO
 
 import jax
 
-from flaxmodels import capsule, memory, optim, registry, resume, sections, sharding, together, watch
+from flaxmodels import capsule, memory, registry, resume, sections, sharding, together, watch
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.loading import WORKER
 from flaxmodels.job import Job, assemble
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.run import Programs, Run, open_checkpoints
 from flaxmodels.runtime import agreement, compile_cache, exits, goodput, peers, preemption, progress
@@ -205,4 +206,4 @@ def parameter_rows(params: Any) -> Iterator[tuple[str, Sequence[int], str, str, 
         spec = ((axis,) if isinstance(axis, str) else axis or ("-",) for axis in x.sharding.spec)
         axes = ", ".join("+".join(names) for names in spec)
         size = math.prod(x.shape)
-        yield optim.path_of(keys), x.shape, x.dtype.name, axes, size, size * x.dtype.itemsize
+        yield path_of(keys), x.shape, x.dtype.name, axes, size, size * x.dtype.itemsize

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import optax
 
 from flaxmodels import precision, registry
+from flaxmodels.paths import path_of
 from flaxmodels.precision import Float
 from flaxmodels.registry import Fraction, Positive, Steps, UserError
 from flaxmodels.schedules import SCHEDULES, Schedule, rated
@@ -200,11 +201,6 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise UserError(f"{where}: {pattern!r} is not a regular expression: {error}.") from error
-
-
-def path_of(keys: tuple[Any, ...]) -> str:
-    """A pytree path as text: "blocks/mlp/up/kernel"."""
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def _rule_of(keys: tuple[Any, ...], table: tuple[_Rule, ...]) -> _Rule:

@@ -22,6 +22,7 @@ from flaxmodels.meshes import automatic as automatic
 from flaxmodels.meshes import describe as describe
 from flaxmodels.meshes import find_devices as find_devices
 from flaxmodels.meshes import make_mesh as make_mesh
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 
 Rules = tuple[tuple[str, tuple[Any, ...]], ...]
@@ -196,7 +197,7 @@ def shard_tree(tree: Any, mesh: Mesh, rules: Rules = (), params: Any = None) -> 
       UserError: one of `rules` does not fit, or matches nothing.
     """
     leaves = jax.tree.leaves_with_path(tree if params is None else params)
-    shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): tuple(x.shape) for keys, x in leaves}
+    shapes = {path_of(keys): tuple(x.shape) for keys, x in leaves}
     for pattern, _ in rules:
         if not any(re.search(f"(?:{pattern})$", path) for path in shapes):
             raise UserError(
@@ -205,7 +206,7 @@ def shard_tree(tree: Any, mesh: Mesh, rules: Rules = (), params: Any = None) -> 
             )
 
     def one(keys: tuple[Any, ...], x: Any) -> NamedSharding:
-        parts = jax.tree_util.keystr(keys, simple=True, separator="/").split("/")
+        parts = path_of(keys).split("/")
         ends = ("/".join(parts[i:]) for i in range(len(parts)))
         path = next((end for end in ends if end in shapes), "/".join(parts))
         # A factored moment has a shape of its own, which a rule for the parameter can't fit.
@@ -227,7 +228,7 @@ def tensor_sizes(params: Any) -> tuple[int, ...]:
     """
     sizes, split, total = set[int](), 0, 0
     for keys, x in jax.tree.leaves_with_path(params):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        path = path_of(keys)
         spec = _built_in(path, x.shape)
         if not re.search(VOCABULARY, path):
             total += _bytes(x)
@@ -292,7 +293,7 @@ def padding_report(params: Any, limit: int = 2**20, rules: Rules = (), fields: C
 def _large(params: Any, limit: int) -> Iterator[tuple[str, Any, Mesh]]:
     for keys, x in jax.tree.leaves_with_path(params):
         if _bytes(x) > limit:
-            yield jax.tree_util.keystr(keys, simple=True, separator="/"), x, x.sharding.mesh
+            yield path_of(keys), x, x.sharding.mesh
 
 
 def _bytes(x: Any) -> int:

@@ -11,6 +11,7 @@ from jax.sharding import Sharding
 
 from flaxmodels import fitting
 from flaxmodels.fitting import Leaf
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 
 # Item of a step -> what its paths begin with.
@@ -65,7 +66,7 @@ def _read(folder: Path, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]
     found: dict[str, Any] = {}
     for item, prefix in ITEMS.items():
         args = jax.tree.map_with_path(
-            lambda keys, _, prefix=prefix: wanted.get(prefix + fitting.path_of(keys), ocp.PLACEHOLDER),
+            lambda keys, _, prefix=prefix: wanted.get(prefix + path_of(keys), ocp.PLACEHOLDER),
             _metadata(folder, item),
         )
         if all(leaf is ocp.PLACEHOLDER for leaf in jax.tree.leaves(args)):
@@ -73,7 +74,7 @@ def _read(folder: Path, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]
         # A placeholder in the tree is not read at all.
         tree = jax.tree.map(lambda leaf: leaf if leaf is ocp.PLACEHOLDER else 0, args)
         restored = _restored(folder, item, ocp.args.PyTreeRestore(item=tree, restore_args=args))
-        leaves = ((prefix + fitting.path_of(keys), x) for keys, x in jax.tree.leaves_with_path(restored))
+        leaves = ((prefix + path_of(keys), x) for keys, x in jax.tree.leaves_with_path(restored))
         found |= {path: x for path, x in leaves if x is not ocp.PLACEHOLDER}
     return {path: found[path] for path in wanted}
 

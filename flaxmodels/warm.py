@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from flaxmodels import fitting, registry, shelf, stored
 from flaxmodels.fitting import Leaf
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import peers
 
@@ -169,7 +170,7 @@ def begin(
     """
     saved, places = stored.tree(entry.folder), {}
     for keys, leaf in jax.tree.leaves_with_path(abstract):
-        places[fitting.path_of(keys)] = leaf
+        places[path_of(keys)] = leaf
     choice = choose(origin, saved, fitting.leaves(abstract), str(entry))
     read = stored.sharded(entry.folder, {old: places[new].sharding for new, old in choice.sources.items()})
     found = {new: read.pop(old) for new, old in choice.sources.items()}
@@ -190,7 +191,7 @@ def _with(state: Any, found: Mapping[str, jax.Array]) -> Any:
     """A tree with some of its leaves replaced; what they replace is deleted."""
 
     def leaf(keys: tuple[Any, ...], old: jax.Array) -> jax.Array:
-        new = found.get(fitting.path_of(keys), old)
+        new = found.get(path_of(keys), old)
         if new is not old:
             old.delete()
         return new

@@ -378,6 +378,10 @@ def test_workdir_of_another_config(refused, shell, trained, tmp_path):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_a_start_that_is_refused_when_all_is_ready_leaves_nothing_behind(refused):
+    assert "start.workdir='nowhere' is not there" in refused(*OWN, "start.workdir=nowhere")
+
+
 def test_a_config_that_never_saved_a_step_does_not_own_the_workdir(shell, tmp_path):
     """So that the remedy for a typo is to correct it, and no new workdir."""
     (tmp_path / "run").mkdir()

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "flaxmodels"
 # flaxmodels/data. A new module needs a place here.
 LAYERS = (
     ("version",),
-    ("registry", "hardware"),
+    ("registry", "hardware", "paths"),
     ("precision", "schedules", "meshes", "ring"),
     ("durations", "metrics", "attention", "models", "optim", "sharding", "runtime", "console", "fitting", "manifest"),
     ("chunked", "disk"),

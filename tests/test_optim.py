@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from flaxmodels import optim
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 
 
@@ -142,7 +143,7 @@ def test_decay_mask_may_be_a_regex_of_paths():
     nothing = jax.tree.map(np.zeros_like, params)
     (_, after), _ = run(make("sgd", 1.0, weight_decay=0.5, decay_mask="mlp/.*bias|^head")[0], params, [nothing])
     moved = {
-        optim.path_of(keys)
+        path_of(keys)
         for keys, equal in jax.tree.leaves_with_path(jax.tree.map(np.array_equal, params, after))
         if not equal
     }
@@ -221,7 +222,7 @@ def test_muon_leaves_embeddings_heads_biases_and_scales_to_adam():
     muon = run(make("muon", weight_decay=0.0)[0], params, gradients)[0][-1]
     adam = run(make("adam", b1=0.9, b2=0.95, nesterov=True)[0], params, gradients)[0][-1]
     equal = jax.tree.map(lambda a, b: bool(np.allclose(a, b, atol=1e-5)), muon, adam)
-    differs = {optim.path_of(keys) for keys, equal in jax.tree.leaves_with_path(equal) if not equal}
+    differs = {path_of(keys) for keys, equal in jax.tree.leaves_with_path(equal) if not equal}
     assert differs == {"hidden_0/kernel", "blocks/mlp/up/kernel"}
 
 
@@ -332,7 +333,7 @@ def test_frozen_parameters_stay_bit_for_bit_and_have_no_state(name):
     for key in params:
         moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), params[key], history[-1][key])
         assert not any(jax.tree.leaves(moved)) if key in frozen else all(jax.tree.leaves(moved))
-    held = [optim.path_of(keys) for keys, x in jax.tree.leaves_with_path(state)]
+    held = [path_of(keys) for keys, x in jax.tree.leaves_with_path(state)]
     assert held and not [path for path in held if "embed" in path or "blocks" in path]
 
     # And the others move as if the frozen ones were not there.
@@ -412,7 +413,7 @@ FIRST = {"adam": ("mu",), "adamw": ("mu",), "lion": ("mu",), "sgd": ("trace",), 
 
 def moments(state):
     """Path -> leaf, of what is kept for each parameter."""
-    leaves = {optim.path_of(keys): x for keys, x in jax.tree.leaves_with_path(state)}
+    leaves = {path_of(keys): x for keys, x in jax.tree.leaves_with_path(state)}
     return {path: x for path, x in leaves.items() if re.search("(kernel|bias|scale|embedding)$", path)}
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from flaxmodels import meshes, optim, sharding, state, step
 from flaxmodels.models import build
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.sharding import make_mesh, spec_of
 
@@ -387,13 +388,13 @@ def abstract(mesh, name="adamw", frozen=None, **options):
 )
 def test_optimizer_state_lies_as_its_parameters_do(name, options):
     found = abstract(TENSOR, name, **options)
-    places = {optim.path_of(keys): x for keys, x in jax.tree.leaves_with_path(found.params)}
+    places = {path_of(keys): x for keys, x in jax.tree.leaves_with_path(found.params)}
     assert len({x.sharding.spec for x in places.values()}) > 4
     checked = 0
     for keys, x in jax.tree.leaves_with_path(found.opt_state):
-        own = next((p for path, p in places.items() if optim.path_of(keys).endswith("/" + path)), None)
+        own = next((p for path, p in places.items() if path_of(keys).endswith("/" + path)), None)
         if own is not None and x.shape == own.shape:
-            assert x.sharding == own.sharding, optim.path_of(keys)
+            assert x.sharding == own.sharding, path_of(keys)
             checked += 1
     assert checked >= len(places) - 1
 

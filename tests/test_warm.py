@@ -15,6 +15,7 @@ from flaxmodels import fitting, loop, resume, shelf, stored, warm
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.fitting import Leaf
 from flaxmodels.job import assemble
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.state import TrainState
 from flaxmodels.warm import Origin
@@ -243,7 +244,7 @@ def test_a_run_starts_from_another_and_goes_on_by_itself(tmp_path):
     saved = stored.arrays(source.folder, list(stored.tree(source.folder)))
     taken, new = 0, fitting.leaves(job.abstract)
     for keys, x in jax.tree.leaves_with_path({"params": state.params}):
-        path = fitting.path_of(keys)
+        path = path_of(keys)
         average = next(old for old in saved if old.endswith(f"{warm.AVERAGE}{path.removeprefix('params/')}"))
         taken += (same := "head" not in path)
         assert not same or (np.array_equal(x, saved[average]) and not np.array_equal(x, saved[path])), path

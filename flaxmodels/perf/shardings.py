@@ -16,6 +16,7 @@ import numpy as np
 
 from flaxmodels import console, meshes, registry, sections, sharding
 from flaxmodels.job import Job
+from flaxmodels.paths import path_of
 from flaxmodels.perf import compiled
 from flaxmodels.registry import UserError
 
@@ -134,7 +135,7 @@ def warned(job: Job, lowered: jax.stages.Lowered) -> Iterator[str]:
     yield from idle_axes(job, lowered)
     for keys, info in jax.tree.leaves_with_path(lowered.args_info[0][0]):
         if not info.donated:
-            yield f"{_path(keys)} of the train state is not donated: the step holds it twice."
+            yield f"{path_of(keys)} of the train state is not donated: the step holds it twice."
 
 
 def idle_rules(params: Any, rules: sharding.Rules) -> Iterator[str]:
@@ -144,7 +145,7 @@ def idle_rules(params: Any, rules: sharding.Rules) -> Iterator[str]:
       params: `jax.ShapeDtypeStruct` (or arrays) with shardings.
       rules: each of which the path of some parameter matches.
     """
-    leaves = {_path(keys): x.sharding for keys, x in jax.tree.leaves_with_path(params)}
+    leaves = {path_of(keys): x.sharding for keys, x in jax.tree.leaves_with_path(params)}
     for i, (pattern, spec) in enumerate(rules):
         paths = [path for path in leaves if re.search(f"(?:{pattern})$", path)]
         first = {next((p for p, _ in rules[:i] if re.search(f"(?:{p})$", path)), None) for path in paths}
@@ -185,16 +186,12 @@ def _rows(tree: Any) -> Iterator[Row]:
         entries = (entry if isinstance(entry, tuple) else (entry,) for entry in x.sharding.spec)
         spec = ", ".join("+".join(entry) if entry != (None,) else "-" for entry in entries)
         held = math.prod(x.sharding.shard_shape(x.shape))
-        yield Row(_path(keys), x.shape, x.dtype.name, spec, held * x.dtype.itemsize, x.size * x.dtype.itemsize)
+        yield Row(path_of(keys), x.shape, x.dtype.name, spec, held * x.dtype.itemsize, x.size * x.dtype.itemsize)
 
 
 def _total(tree: Any) -> tuple[int, int]:
     rows = list(_rows(tree))
     return sum(row.device_bytes for row in rows), sum(row.bytes for row in rows)
-
-
-def _path(keys: Any) -> str:
-    return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def show(found: Report, lines: Sequence[str], stream: TextIO) -> None:

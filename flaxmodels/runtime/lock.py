@@ -40,7 +40,7 @@ FAILING = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
 def workdir_lock(workdir: Path) -> Iterator[str]:
     """Make `workdir` and hold it.
 
-    A folder that this made, and into which nothing was written before an error, is removed again.
+    A folder that this made, and into which no file was written before an error, is removed again.
 
     Yields:
       A line for the log where the kernel's lock does not reach other hosts, on what stands in; else "".
@@ -76,7 +76,10 @@ def workdir_lock(workdir: Path) -> Iterator[str]:
                 * bool(why)
             )
         except BaseException:
-            if made and {entry.name for entry in workdir.iterdir()} <= {LOCK, BEAT}:
+            others = [entry for entry in workdir.iterdir() if entry.name not in (LOCK, BEAT)] if made else []
+            if made and all(entry.is_dir() and not any(entry.iterdir()) for entry in others):
+                for entry in others:
+                    entry.rmdir()
                 (workdir / BEAT).unlink(missing_ok=True)
                 (workdir / LOCK).unlink()
                 with contextlib.suppress(OSError):  # something else came to lie there

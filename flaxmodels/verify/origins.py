@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core, source_info_util
 
+from flaxmodels.paths import path_of
+
 _WHOLE = ("shard_map", "pallas_call")  # what is inside sees other shapes, or other memory
 
 
@@ -74,12 +76,12 @@ def find(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[list[
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments.values())
     leaves = jax.tree.leaves_with_path(arguments)
-    named = [(jax.tree_util.keystr(keys, simple=True, separator="/"), x) for keys, x in leaves]
+    named = [(path_of(keys), x) for keys, x in leaves]
     # jax.tree sorts the names of a dict, and the function takes them as they stand.
     by_name = {name: [entry for entry in named if entry[0].split("/")[0] == name] for name in arguments}
     values = [_argument(path, x) for name in arguments for path, x in by_name[name]]
     results = _Run().jaxpr(closed.jaxpr, [_looked(x) for x in closed.consts], values, "")
-    paths = [jax.tree_util.keystr(k, simple=True, separator="/") for k, _ in jax.tree.leaves_with_path(shapes)]
+    paths = [path_of(k) for k, _ in jax.tree.leaves_with_path(shapes)]
     bad = sorted((v.order, path, v) for path, v in zip(paths, results, strict=True) if v.bad)
     origins = frozenset[Origin]().union(*(v.origins for _, _, v in bad))
     return sorted(origins, key=lambda o: o.order), {path: order for order, path, _ in bad}

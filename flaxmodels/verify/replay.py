@@ -22,6 +22,7 @@ import numpy as np
 
 from flaxmodels import capsule, config, guard, metrics, sections, sharding, step
 from flaxmodels.job import Job, assemble
+from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError, plain, storable
 from flaxmodels.state import TrainState
 from flaxmodels.verify import origins
@@ -239,7 +240,7 @@ class _Look:
         grads, _, found = self.job.gradient(params, extra, batch, rngs)
         modules: dict[str, list[jax.Array]] = {}
         for keys, grad in jax.tree.leaves_with_path(grads):
-            path = jax.tree_util.keystr(keys, simple=True, separator="/")
+            path = path_of(keys)
             modules.setdefault(path.rpartition("/")[0] or path, []).append(grad)
         return {name: metrics.ratio(metrics.norm(leaves), found["loss"][1]) for name, leaves in modules.items()}
 

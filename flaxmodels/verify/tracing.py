@@ -12,6 +12,7 @@ import numpy as np
 
 from flaxmodels import metrics, sharding, step
 from flaxmodels.job import Job
+from flaxmodels.paths import path_of
 
 # A gradient below this share of the norm of all gradients is compared by that share: where terms cancel, as in a bias
 # that a normalisation takes out again, what is left is rounding.
@@ -97,7 +98,7 @@ def in_float32(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def leaves(tree: Any) -> dict[str, Any]:
     """Path -> leaf, in the order of the tree."""
-    return {jax.tree_util.keystr(k, simple=True, separator="/"): x for k, x in jax.tree.leaves_with_path(tree)}
+    return {path_of(k): x for k, x in jax.tree.leaves_with_path(tree)}
 
 
 def digests(tree: Any) -> dict[str, str]:
