@@ -145,6 +145,16 @@ def test_the_laggard_is_named_in_all(run, tmp_path, capfd):
     assert capfd.readouterr().err.count("in test_the_laggard_is_named_in_all") == 2  # of this thread, from each process
 
 
+def test_a_process_that_has_left_hides_no_laggard(run):
+    silent = run.start(3, without=[1, 2])
+    say(silent[1], beat=standing(step=39))
+    say(silent[1], leaves=True)
+    say(silent[2], beat=standing(step=40, stalled=46.0))
+    with progress.phase("end"):
+        progress.beat(41)
+        assert run.wait(0)[0][0].startswith("process 2 (node2, pid 7) is stuck in phase 'training' at step 40")
+
+
 def test_a_process_alone_that_is_stuck(run, tmp_path, capfd):
     run.start(1, stuck_after=0.2, folder=tmp_path)
     with progress.phase("training"):

@@ -5,7 +5,8 @@ other numbers and without a word; a flipped bit is found by zlib, not by zstanda
 installed; and a damaged entry stays, since JAX never writes over one: each start warns, and compiles again.
 
 So beside each entry lies its seal, the SHA-256 of its name and bytes. What has none yet, because JAX wrote it a moment
-ago or a process was killed before it could seal it, is believed if it can be unpacked.
+ago or a process was killed before it could seal it, is believed if it can be unpacked; what can't be may be half
+written by another process just now, and is left alone while it is young.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import hashlib
 import importlib
 import os
 import tempfile
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +22,7 @@ from pathlib import Path
 import jax
 
 ENTRY, SEAL = "-cache", ".sha256"
+YOUNG = 60.0  # seconds
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how its data begin
 
 
@@ -50,7 +53,7 @@ def folder() -> Path | None:
 
 
 def check(place: Path) -> list[str]:
-    """Remove every entry that differs from its seal, or that has none and can't be unpacked; seal the others.
+    """Remove every entry that differs from its seal, or is older, has none, and can't be unpacked; seal the others.
 
     Args:
       place: a folder of JAX's; it need not exist.
@@ -68,6 +71,8 @@ def check(place: Path) -> list[str]:
             data = entry.read_bytes()
             if expected == _digest(entry, data) or (not expected and _unpacks(data)):
                 _write(sealed, _seal(entry, data))
+                continue
+            if not expected and abs(time.time() - entry.stat().st_mtime) < YOUNG:
                 continue
             entry.unlink(missing_ok=True)
             sealed.unlink(missing_ok=True)

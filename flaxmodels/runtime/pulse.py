@@ -193,7 +193,7 @@ class Pulse:
                 )
                 return
         if self.process == 0 and not self.failures and not self.reported:
-            standings = {0: mine} | {n: link.standing for n, link in self._links.items() if link.standing is not None}
+            standings = {0: mine} | {n: link.standing for n, link in there.items() if link.standing is not None}
             if (last := watchdog.laggard(standings)) is not None:
                 who = self._name(last) if self._links else ""
                 self.verdict = Verdict(watchdog.explain(last, standings, who), exits.STUCK, dump=True)

@@ -183,6 +183,30 @@ def test_f25_a_spike_is_rolled_back(tmp_path, figures):
 
 
 @pytest.mark.nightly
+def test_f25_a_spike_is_rolled_back_in_two_processes(tmp_path, figures):
+    """Killed after that and started again, they end as they would have: going back is decided by all alike."""
+    keys = ("loss.name=poison:spiky", "model.name=mlp", "model.hidden=(16,)", "guard.window=8", "guard.back=5")
+    flags = [*(f"--config.{key}" for key in keys), "--config.guard.spikes=roll back"]
+    flags += [f"--config.data.bad={examples(12)}", "--config.train.duration=40"]
+    path = os.pathsep.join([str(harness.ROOT), str(harness.ROOT / "tests/faults")])
+    again = dict(config=CONFIG, env={"PYTHONPATH": path})
+    with harness.start(tmp_path / "whole", harness.T2x4, *flags, **again) as group:
+        assert group.wait(240) == [0, 0], group
+        assert group.output().count("going back 5 steps") == 3, group  # once an epoch
+    with harness.start(tmp_path / "killed", harness.T2x4, *flags, **again) as group:
+        assert harness.wait_for(lambda: "going back" in group.output(), 240), group
+        group.kill()
+        group.wait()
+    with harness.start(tmp_path / "killed", harness.T2x4, *flags, **again) as group:
+        assert group.wait(240) == [0, 0], group
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert harness.rows(killed) == harness.rows(whole)
+    assert harness.state(killed) == harness.state(whole)
+    assert not {8, 9, 10, 11, 12, 13} & set(logged(tmp_path / "whole"))
+    figures("F25", injected=3, recovered=3, exact=1)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["digits_mlp", "transformer"])
 def test_f25_no_false_alarm_in_10000_clean_steps(tmp_path, figures, name):
     if name == "digits_mlp":
