@@ -15,13 +15,16 @@ class Kind:
     """One kind of device, as JAX lists it: a chip, or a half of one.
 
     Attributes:
-      name: as Google Cloud writes it.
+      name: in short: that of a TPU as Google Cloud writes it.
       devices_per_chip: JAX lists the two halves of a chip of TPU v2, v3 and 7x; all other chips are one device, also
         those of two cores (v4, v5p), which run as one ("megacore").
       memory: of a device, bytes, by the data sheet (https://docs.cloud.google.com/tpu/docs, the page of each version).
-        That of v5p says 95 GB, which is less than a program may use: here it is 96 GiB.
-      usable: what of it XLA's compiler lets a program have, bytes; a little is kept for the runtime. The figures are
-        those that libtpu 0.0.42.1 names when it refuses a program as too large, to 0.01 GiB.
+        That of v5p says 95 GB, which is less than a program may use: here it is 96 GiB. Of a GPU, what `nvidia-smi`
+        shows as total.
+      usable: what of it XLA's compiler lets a program have, bytes; a little is kept for the runtime. The figures of
+        TPUs are those that libtpu 0.0.42.1 names when it refuses a program as too large, to 0.01 GiB. Of a GPU, JAX
+        takes three quarters (https://docs.jax.dev/en/latest/gpu_memory_allocation.html), and where the environment
+        says otherwise the device itself knows.
     """
 
     name: str
@@ -32,6 +35,10 @@ class Kind:
 
 def _kind(name: str, devices_per_chip: int, memory: float, usable: float) -> Kind:
     return Kind(name, devices_per_chip, int(memory * GIB), int(usable * GIB))
+
+
+def _gpu(name: str, memory: float) -> Kind:
+    return _kind(name, 1, memory, 0.75 * memory)
 
 
 # By `jax.Device.device_kind`. Where two spellings stand for one kind, versions of libtpu differ.
@@ -46,6 +53,11 @@ KINDS: Mapping[str, Kind] = {
     "TPU v6 lite": _kind("v6e", 1, 32, 31.25),
     "TPU v6e": _kind("v6e", 1, 32, 31.25),
     "TPU7x": _kind("tpu7x", 2, 96, 94.75),
+    "NVIDIA A100-SXM4-40GB": _gpu("A100-40GB", 40.0),
+    "NVIDIA A100-SXM4-80GB": _gpu("A100", 80.0),
+    "NVIDIA H100 80GB HBM3": _gpu("H100", 79.65),
+    "NVIDIA H200": _gpu("H200", 140.4),
+    "NVIDIA B200": _gpu("B200", 179.06),
 }
 
 
@@ -62,6 +74,26 @@ def memory(device: jax.Device) -> int | None:
     if limit:
         return int(limit)
     return KINDS[device.device_kind].usable if device.device_kind in KINDS else None
+
+
+def cache_folder() -> Path:
+    """The folder of this user for what is worth keeping between runs; it need not exist. `XDG_CACHE_HOME` moves it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flaxmodels"
+
+
+def make_cache_folder(*names: str) -> Path:
+    """A folder below `cache_folder`, made if it is not there, and all of ours above it, for this user alone.
+
+    Raises:
+      OSError: it can't be made.
+      RuntimeError: this user has no home.
+    """
+    place = cache_folder()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("", *names):
+        place = place / name
+        place.mkdir(mode=0o700, exist_ok=True)
+    return place
 
 
 # libtpu asks a cloud's metadata server, the environment and a lock file which TPU is its own. Where there is none, it

@@ -86,7 +86,8 @@ def _backward(axis: str, parts: int, kept: Any, d_out: jax.Array) -> tuple[Any, 
         def visible(i: Any, state: Any) -> Any:
             dq, dk, dv = state
             k_i, v_i, ids_i = _cut((k, v, ids), i, block)
-            scores = _scores(q_BxTxKxGxH, k_i, segments, ids_i, me, (me - turn) % parts, i)
+            with jax.named_scope("rematted_computation"):  # JAX's own name for what is computed twice: see perf.count
+                scores = _scores(q_BxTxKxGxH, k_i, segments, ids_i, me, (me - turn) % parts, i)
             shares = jnp.exp(scores - log_total[..., None])
             d_shares = product("btkgh,bskh->bkgts", d_BxTxKxGxH, v_i)
             d_scores = (shares * (d_shares - inner[..., None]) * H**-0.5).astype(q.dtype)
