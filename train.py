@@ -15,15 +15,17 @@ def main(argv: list[str]) -> int:
     """Flags -> config -> fit. Returns the exit code."""
     with exits.importing():
         from flaxmodels import config, loop
+        from flaxmodels.perf import profile, rescue
         from flaxmodels.runtime import distributed
 
     flags = config.parse(config.train_parser("train.py"), argv)
-    with distributed.joined(flags.arguments, flags.workdir):
+    with rescue.offered(flags.config), distributed.joined(flags.arguments, flags.workdir):
         return loop.fit(
             flags.config,
             flags.workdir,
             allow_config_change=flags.arguments.allow_config_change,
             allow_data_change=flags.arguments.allow_data_change,
+            profiler=profile.asked(flags.arguments.profile, flags.workdir),
         ).exit_code
 
 

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
         duration="30 epochs",
         eval_every="5 epochs",
         log_every=100,  # steps
-        steps_per_dispatch=16,  # the step is so small that calling it is what costs
+        steps_per_dispatch=64,  # the step is so small that calling it is what costs
         metric="eval/accuracy",  # of the checkpoint that is kept as the best
         mode="max",
     )

@@ -22,7 +22,7 @@ def get_config(recipe: str = "full") -> ConfigDict:
         duration="5 epochs",
         eval_every="1 epoch",
         log_every=100,  # steps
-        steps_per_dispatch=16,
+        steps_per_dispatch=64,
         metric="eval/accuracy",
         mode="max",
     )

@@ -64,6 +64,9 @@ def train_parser(prog: str) -> argparse.ArgumentParser:
     flags = parser(prog, "Train a config; the same command again resumes.")
     flags.add_argument("--allow_config_change", action="store_true", help="resume although the config differs")
     flags.add_argument("--allow_data_change", action="store_true", help="resume although the data differ")
+    flags.add_argument(
+        "--profile", metavar="START:STEPS", help="trace so many steps from START on, and print what took their time"
+    )
     supervisor.add_flag(flags)
     place.add_flags(flags)
     return flags

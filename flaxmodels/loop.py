@@ -22,9 +22,10 @@ from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.loading import WORKER
 from flaxmodels.job import Job, assemble
 from flaxmodels.paths import path_of
+from flaxmodels.programs import Profiler, Programs
 from flaxmodels.registry import UserError
-from flaxmodels.run import Programs, Run, open_checkpoints
-from flaxmodels.runtime import agreement, compile_cache, exits, goodput, peers, preemption, progress
+from flaxmodels.run import Run, open_checkpoints
+from flaxmodels.runtime import agreement, compile_cache, exits, goodput, heap, peers, preemption, progress
 from flaxmodels.runtime.lock import workdir_lock
 from flaxmodels.runtime.signals import Stop
 from flaxmodels.state import TrainState
@@ -62,6 +63,7 @@ def fit(
     allow_data_change: bool = False,
     devices: Sequence[jax.Device] | None = None,
     stream: TextIO | None = None,
+    profiler: Profiler | None = None,
 ) -> Outcome:
     """Train, evaluate and checkpoint what a config says; resume what the workdir holds.
 
@@ -75,6 +77,7 @@ def fit(
       allow_data_change: resume although the data are not those that the workdir was trained on.
       devices: to train on; None takes all that there are.
       stream: where to print; None is standard output.
+      profiler: what watches some of the steps, such as `perf.profile.Profile`.
 
     Raises:
       UserError: bad input of any kind, before the first step; or the processes of the run differ.
@@ -94,6 +97,8 @@ def fit(
         workdir, rows = Path(workdir), sections.resolved(config)
         resolved = {key: value for key, value, _ in rows}
         devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
+        if exits.commanding():  # a program that calls `fit` has its own use for the memory that it frees
+            heap.keep(devices[0].platform)
         first = together.first()  # that one writes; Orbax saves from all
         locked = stack.enter_context(workdir_lock(workdir) if first else contextlib.nullcontext(""))
         attempt = stack.enter_context(goodput.recorded(workdir if first else None))
@@ -103,6 +108,9 @@ def fit(
         removed = stack.enter_context(compile_cache.verified())  # before anything is compiled
         with progress.phase("data"):
             job = assemble(config, devices)
+        if profiler is not None:
+            profiler.check(job.total_steps)
+            stack.callback(profiler.stop)
         progress.allow(job.train.loading.timeout + AFTER_DATA)
         with progress.phase("compile"):
             evaluation, train = _evaluation(job), job.lower_train()
@@ -111,8 +119,9 @@ def fit(
         stack.enter_context(peers.telling())  # closing checkpoints may wait for the others
         programs = Programs(job, train, evaluation, stack.enter_context(memory.explained(job)))
         context = Context(
-            job, workdir, programs, checkpoints, stop, attempt, resolved, allow_data_change, (locked, *removed), stream
-        )
+            job, workdir, programs, checkpoints, stop, attempt, resolved, allow_data_change, (locked, *removed), stream,
+            profiler,
+        )  # fmt: skip
         while True:
             try:
                 return _stretch(context)
@@ -134,6 +143,7 @@ class Context:
     allow_data_change: bool
     found: tuple[str, ...]
     stream: TextIO | None
+    profiler: Profiler | None
 
 
 def _stretch(of: Context) -> Outcome:
@@ -171,13 +181,15 @@ def _stretch(of: Context) -> Outcome:
             writers.note(line)
         writers.parameter_table(parameter_rows(job.abstract.params))
         decision = agreement.make(of.stop, of.checkpoints.late, job.mesh)
-        run = Run(job, of.workdir, of.programs, of.checkpoints, writers, decision, looking, remembered, of.resolved)
+        run = Run(
+            job, of.workdir, of.programs, of.checkpoints, writers, decision, looking, remembered, of.resolved,
+            of.profiler,
+        )  # fmt: skip
         step, going = run.begin(state), True
         while going:
             with progress.phase("training"), contextlib.closing(run.dispatches(step)) as dispatches:
                 for program, step, feed in dispatches:
-                    with jax.transfer_guard("disallow"):
-                        state, packed = program(state, feed)
+                    state, packed = program(state, feed)
                     if not run.after(state, step, packed):
                         break
             state, step, going = run.turn(state, step)

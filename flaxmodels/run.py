@@ -6,25 +6,27 @@ a dispatch when the next one has been submitted, which also bounds the dispatche
 
 import contextlib
 import functools
-import itertools
 import math
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from flaxmodels import capsule, guard, metrics, optim, resume
+from flaxmodels import bottleneck, capsule, guard, metrics, optim, resume
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.evaluate import StoppedError, evaluate
 from flaxmodels.job import Job
+from flaxmodels.programs import Profiler, Programs
 from flaxmodels.registry import UserError
 from flaxmodels.resume import Memory
-from flaxmodels.runtime import agreement, compile_cache, progress
+from flaxmodels.runtime import agreement, progress
 from flaxmodels.runtime.exits import FaultError
-from flaxmodels.runtime.stopwatch import Stopwatch
+from flaxmodels.runtime.windows import Windows
 from flaxmodels.state import TrainState
+from flaxmodels.step import strict
 from flaxmodels.watch import Trip, Watch
 from flaxmodels.writers import Writers
 
@@ -43,50 +45,6 @@ def stretches(start: int, total: int, most: int, marks: Sequence[int]) -> Iterat
         start = end
 
 
-class Programs:
-    """What a run compiles, each program once.
-
-    Args:
-      job: what to train.
-      train: of `job.lower_train()`.
-      evaluation: of `job.lower_eval()`.
-      compiled: the train step is added here, for who explains errors of memory.
-
-    Attributes:
-      names: of the train step's metrics.
-      eval_names: of the evaluation step's.
-      move: of `guard.mover`.
-      unsound: of `guard.checker`.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        train: tuple[jax.stages.Lowered, list[str]],
-        evaluation: tuple[jax.stages.Lowered, list[str]],
-        compiled: list[jax.stages.Compiled],
-    ) -> None:
-        (self._train, self.names), (self._evaluation, self.eval_names) = train, evaluation
-        self._job, self._compiled = job, compiled
-        self.move, self.unsound = guard.mover(job.abstract, job.mesh), guard.checker(job.abstract, job.mesh)
-
-    @functools.cached_property
-    def evaluation(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
-        """The evaluation step, and the norm of the parameters."""
-        with progress.phase("compile"):
-            return self._evaluation.compile(), self._job.lower_norm().compile()
-
-    def train(self, note: Callable[[str], None]) -> jax.stages.Compiled:
-        """The train step. `note` is told how long compiling took."""
-        if not self._compiled:
-            begun = time.monotonic()
-            with progress.phase("compile"):
-                self._compiled.append(self._train.compile())
-                compile_cache.seal(compile_cache.folder())
-            note(f"compiled in {time.monotonic() - begun:.1f} s")
-        return self._compiled[-1]
-
-
 class Run:
     """What happens around the steps of one stretch of a run, which begins at a checkpoint or with a fresh state.
 
@@ -100,6 +58,7 @@ class Run:
       watch: what is done about bad steps.
       memory: of the restored checkpoint, or new.
       resolved: the config, for the checkpoints.
+      profiler: what watches some of the dispatches, or None.
 
     Attributes:
       trip: the bad step that was seen last and is not dealt with yet, or None. Until it is, nothing is logged,
@@ -117,15 +76,18 @@ class Run:
         watch: Watch,
         memory: Memory,
         resolved: Mapping[str, Any],
+        profiler: Profiler | None = None,
     ) -> None:
         self.job, self.workdir, self.programs, self.memory = job, workdir, programs, memory
         self.checkpoints, self.writers, self.decision, self.watch = checkpoints, writers, decision, watch
-        self.resolved = dict(resolved)
+        self.resolved, self.profiler = dict(resolved), profiler
         self.trip: Trip | None = None
         self.evaluation: dict[str, float] = {}
-        self._unread: tuple[int, int, jax.Array] | None = None
-        self._stopwatch, self._begun, self._step = Stopwatch(), time.monotonic(), 0
-        self._waits: list[float] = []
+        self._unread: tuple[int, int, Any, float] | None = None
+        self._windows, self._begun, self._step = Windows(job.train.fed), time.monotonic(), 0
+        self._handed = math.nan  # when the last dispatch was about to be made
+        self._first_wait = math.nan
+        self._shares: dict[str, float] = {}  # of the window before this dispatch
         self._unreadable = 0
 
     def begin(self, state: TrainState) -> int:
@@ -149,29 +111,35 @@ class Run:
         """
         if self.decision.stop() or self._finished(step) or self.watch.jump(step) > step:
             return
-        job, program = self.job, self.programs.train(self.writers.note)
+        job, compiled = self.job, self.programs.train(self.writers.note)
+        program = strict(compiled)
         marks = (job.cadence.eval_every, self.checkpoints.every)
         end, most = self.watch.limit(step, job.total_steps), job.cadence.steps_per_dispatch
         plan = functools.partial(stretches, step, end, most, marks)
-        self._stopwatch = Stopwatch()
         with contextlib.closing(job.train.dispatches(job.seed, plan(), most)) as feeds:
             for (first, count), feed in zip(plan(), self._timed(feeds)):
                 if self.decision.stop() or self._finished(first):
                     return
                 self.decision.working()
+                if self.profiler is not None:
+                    with self._windows.uncounted():
+                        self.profiler.before(first, first + count, compiled)
                 yield program, first + count, feed
 
     def _timed(self, feeds: Iterator[Any]) -> Iterator[Any]:
-        """`feeds`, counting the seconds that the loop waits for the first one, and for all others."""
-        self._waits = self._waits or [0.0, 0.0]
-        for number in itertools.count():
-            begun = time.monotonic()
-            with contextlib.nullcontext() if number else progress.phase("data"):
-                feed = next(feeds, None)
-            self._waits[number > 0] += time.monotonic() - begun
-            if feed is None:
-                return
+        """`feeds`, counting the seconds that the loop waits for them; those for the first one apart."""
+        begun = time.monotonic()
+        with progress.phase("data"):
+            feed = next(feeds, None)
+        if math.isnan(self._first_wait):
+            self._first_wait = time.monotonic() - begun
+        self._windows.skip()
+        spent = self._windows.spent
+        while feed is not None:
+            self._handed = spent("data")
             yield feed
+            spent("host")
+            feed = next(feeds, None)
 
     def after(self, state: TrainState, step: int, packed: jax.Array) -> bool:
         """What is due after a dispatch that ended at `step`: read the one before, log, evaluate, save.
@@ -179,10 +147,18 @@ class Run:
         Returns:
           Whether all is well; else a step before was bad, and this dispatch has changed nothing.
         """
+        self._windows.spent("dispatch")
         self._read()
         if not self.trip:
-            self._unread, self._step = (self._step, step - self._step, packed), step
+            if self._windows.unseen():
+                packed.block_until_ready()
+                self._windows.look(self._handed)
+            self._unread, self._step = (self._step, step - self._step, packed, self._handed), step
             self.writers.progress(step)
+            if self.profiler is not None:
+                # A long trace takes its time to read: the phase has a limit of its own.
+                with self._windows.uncounted(), progress.phase("save"):
+                    self._say(self.profiler.after(step, packed))
             self.checkpoints.check()
             if self._evaluation_due(step):
                 self._evaluate(state, step)
@@ -231,14 +207,14 @@ class Run:
         self.checkpoints.wait()  # what is said to be saved, is
         finished, seconds = self._finished(step), time.monotonic() - self._begun
         self._warn()
+        if self.profiler is not None:
+            self._say(self.profiler.close())
         if self.watch.skipped:
             self.writers.note(f"{self.watch.skipped} steps were left out, for batches that gave bad numbers")
         if finished:
             self.writers.note(f"finished: {finished}")
-            if self._waits:
-                first, others = self._waits
-                share = f"{others:.2f} s of {seconds:.1f} s, {others / seconds:.1%}"
-                self.writers.note(f"waited for data: {share}; and {first:.2f} s for the first of them")
+            if not math.isnan(self._first_wait):
+                self._say(bottleneck.lines(self.job, self._windows.whole(), self._first_wait))
             self.writers.final(self.evaluation, seconds)
         elif self.decision.signal is not None:
             total = self.job.total_steps
@@ -256,11 +232,15 @@ class Run:
         """Wait for the dispatch before this one; add its metrics up, and log the lines that are complete."""
         if self._unread is None:
             return
-        (first, count, packed), self._unread = self._unread, None
+        (first, count, packed, began), self._unread = self._unread, None
         # Read alone, the result of a program that ran out of memory hangs, or aborts (JAX 0.10.2, CPU).
-        rows = jax.device_get(jax.block_until_ready(packed))[:count].tolist()
-        seconds = self._stopwatch.tick(count)
+        if waited := not packed.is_ready():
+            packed.block_until_ready()
+        seconds = self._windows.ended(began, count, seen=waited)
+        # Not by `jax.device_get`: the host comes to this with cold caches after every step, and pays for each function.
+        rows = np.asarray(packed)[:count].tolist()
         progress.beat(first + count)
+        self._shares = {}
         for step, row in enumerate(rows, first + 1):
             self.trip = self.watch.see(step - 1, row)
             if self.trip:
@@ -270,7 +250,7 @@ class Run:
                     pair = self.memory.pending.setdefault(name, [0.0, 0.0])
                     pair[0] += total
                     pair[1] += weight
-            self._stopwatch.add(seconds)
+            self._windows.step(seconds)
             if step % self.job.cadence.log_every == 0 or step == self.job.total_steps:
                 self._log(step)
 
@@ -278,8 +258,15 @@ class Run:
         means = metrics.means({name: (pair[0], pair[1]) for name, pair in self.memory.pending.items()})
         self.memory.pending = {}
         self._warn()
-        speed = self._stopwatch.lap() * self.job.train.batch_size
-        self.writers.write(step, {f"train/{k}": v for k, v in means.items()} | {"perf/examples_per_second": speed})
+        # Lines of the log that one dispatch makes share a window.
+        self._shares = self._shares or self._windows.close().shares()
+        perf = {"examples_per_second": self._windows.speed() * self.job.train.batch_size, **self._shares}
+        rows = {"train": means, "perf": perf}
+        self.writers.write(step, {f"{group}/{key}": v for group, row in rows.items() for key, v in row.items()})
+
+    def _say(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.writers.note(line)
 
     def _warn(self) -> None:
         """Log what came up beside the steps: with checkpoints, and with examples that can't be read."""
@@ -304,8 +291,7 @@ class Run:
         if self.trip:
             return
         with contextlib.suppress(StoppedError):
-            with self._stopwatch.paused():
-                self._measure(state)
+            self._measure(state)
             memory, cadence = self.memory, self.job.cadence
             self.writers.write(step, self.evaluation)
             value = self.evaluation[cadence.metric]
@@ -318,8 +304,9 @@ class Run:
 
     def _measure(self, state: TrainState) -> None:
         params = optim.parameters_average(state.opt_state, state.params)
-        (program, norm_of), names = self.programs.evaluation, self.programs.eval_names
-        with progress.phase("evaluation"):
+        with self._windows.uncounted():  # compiling
+            (program, norm_of), names = self.programs.evaluation, self.programs.eval_names
+        with self._windows.during("evaluation"), progress.phase("evaluation"):
             found, _ = evaluate(program, params, state.extra, self.job.test.evaluation(), names, self.decision.stop)
             norm = float(jax.device_get(norm_of(params)))
         self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}
@@ -329,7 +316,7 @@ class Run:
         if self.trip:
             return
         self.decision.working()
-        with self._stopwatch.paused(), progress.phase("save"):
+        with self._windows.during("checkpoint"), progress.phase("save"):
             if bad := self.programs.unsound(state):
                 overflowed = ", though every gradient was finite: the optimizer's update overflowed"
                 raise FaultError(

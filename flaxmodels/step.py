@@ -1,12 +1,13 @@
 """The train step: a pure function of arguments you can see, the same for every model family.
 
 Read `train_step`. Around it, from the inside out: `make_gradient` (model and loss -> gradients), `train_step` (one
-update), `repeated` (several steps a dispatch), `compile_step` (jit, shardings, donation). A feature enters as an optax
-transform, a loss, or a function that wraps a gradient function and has its signature; never as an `if` in the step.
+update), `repeated` (several steps a dispatch), `compile_step` (jit, shardings, donation), `strict` (what is compiled,
+and its refusals explained). A feature enters as an optax transform, a loss, or a function that wraps a gradient
+function and has its signature; never as an `if` in the step.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,9 @@ from flaxmodels import metrics as metric
 from flaxmodels import precision, sharding
 from flaxmodels.losses import Loss, is_head
 from flaxmodels.metrics import Metrics
+from flaxmodels.paths import path_of
 from flaxmodels.precision import Policy
+from flaxmodels.runtime.exits import FaultError
 from flaxmodels.state import TrainState, base_key, takes_train
 
 Batch = dict[str, Any]
@@ -186,6 +189,7 @@ def compile_step(
     """Lower `function` for `mesh`; `.compile()` the result and call it. The one way to a compiled step.
 
     A compiled program takes arguments of one shape, dtype and sharding, and refuses all others: it never recompiles.
+    `strict` makes a clear error of that.
 
     Args:
       function: pure, such as a `partial` of `train_step`.
@@ -198,3 +202,76 @@ def compile_step(
     jitted = jax.jit(function, in_shardings=places, out_shardings=out_shardings, donate_argnums=donate)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.ACTIVATIONS):
         return jitted.lower(*arguments)
+
+
+class RecompileError(FaultError):
+    """A compiled step was given what it was not compiled for: another shape, dtype, sharding or tree."""
+
+
+def strict(program: jax.stages.Compiled, names: Sequence[str] = ("state", "feed")) -> Callable[..., Any]:
+    """`program`, which never recompiles: what it would have to be compiled again for is a `RecompileError`.
+
+    It costs the call one Python frame. Where it refuses, nothing has run and nothing is donated.
+
+    Args:
+      program: of `compile_step(...).compile()`.
+      names: of its arguments, for the message.
+    """
+
+    def call(*arguments: Any) -> Any:
+        try:
+            return program(*arguments)
+        except (TypeError, ValueError) as error:
+            if lines := list(_differences(program, arguments, names)):
+                raise RecompileError(_refusal(lines)) from error
+            raise
+
+    return call
+
+
+# Differences that a message lists: where a batch has another size, so have all its parts.
+LISTED = 8
+
+
+def _refusal(lines: Sequence[str]) -> str:
+    more = [f"and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
+    listed = "\n  ".join([*lines[:LISTED], *more])
+    return (
+        f"a compiled step was given what it was not compiled for, and would have to be compiled again:\n  {listed}\n"
+        "Each step's arguments have one shape, dtype and sharding: fill a short batch up with examples of weight 0, "
+        "put arrays where they were when it was lowered (jax.device_put), or compile a second program for the others."
+    )
+
+
+def _differences(program: jax.stages.Compiled, arguments: Sequence[Any], names: Sequence[str]) -> Iterator[str]:
+    """How arguments differ from those that a program was compiled for, a line for each array."""
+
+    def leaves(trees: Sequence[Any]) -> dict[str, Any]:
+        named = {names[i] if i < len(names) else f"argument {i}": tree for i, tree in enumerate(trees)}
+        return {path_of(keys): x for keys, x in jax.tree.leaves_with_path(named)}
+
+    wanted, places, given = leaves(program.args_info[0]), leaves(program.input_shardings[0]), leaves(arguments)
+    yield from (f"{path} is missing, was {_typed(x)}" for path, x in wanted.items() if path not in given)
+    for path, x in given.items():
+        try:
+            kind = jax.typeof(x)
+        except TypeError:
+            yield f"{path} is no array, but of type {type(x).__name__}"
+            continue
+        if path not in wanted:
+            yield f"{path} is new: {_typed(kind)}"
+        elif _typed(kind) != _typed(wanted[path]):
+            yield f"{path} was {_typed(wanted[path])}, is {_typed(kind)}"
+        elif path in places and isinstance(x, jax.Array) and not x.sharding.is_equivalent_to(places[path], x.ndim):
+            yield f"{path}, {_typed(kind)}, was {_placed(places[path])}, is {_placed(x.sharding)}"
+
+
+def _typed(x: Any) -> str:
+    return f"{x.dtype}[{', '.join(map(str, x.shape))}]"
+
+
+def _placed(where: jax.sharding.Sharding) -> str:
+    if not isinstance(where, jax.sharding.NamedSharding):
+        return f"on {', '.join(sorted(map(str, where.device_set)))}"
+    axes = ", ".join(f"{name}={size}" for name, size in where.mesh.shape.items() if size > 1) or "one device"
+    return f"{where.spec} on a mesh of {axes}"

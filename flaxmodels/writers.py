@@ -126,7 +126,9 @@ class Writers:
         if self._tensorboard is not None:
             self._tensorboard.write(step, values)
         self._check_files()
-        self._display.row(step, values)
+        # Where the time goes is for the files: a line of the console is short, and the run says it in words at its end.
+        shown = {key: v for key, v in values.items() if not key.startswith("perf/") or key == console.RATE}
+        self._display.row(step, shown)
 
     def progress(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Say that `step` was dispatched; well under 5 microseconds, so call it every step.

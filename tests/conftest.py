@@ -35,15 +35,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def strict(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Rank promotion raises; compiled programs are shared between tests; data sets are prepared once, off the home."""
+    """Rank promotion raises; compiled programs are shared between tests; and data sets prepared once, off the home."""
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     assert jax.device_count() == 8  # starts JAX, before a command that a test runs asks for another number
-    old = os.environ.get("TFDS_DATA_DIR")
-    os.environ["TFDS_DATA_DIR"] = str(tmp_path_factory.mktemp("data"))
+    folders = {name: str(tmp_path_factory.mktemp("kept")) for name in ("TFDS_DATA_DIR", "XDG_CACHE_HOME")}
+    before = {name: os.environ.get(name) for name in folders}
+    os.environ.update(folders)
     yield
-    os.environ.pop("TFDS_DATA_DIR") if old is None else os.environ.update(TFDS_DATA_DIR=old)
+    for name, old in before.items():
+        os.environ.pop(name) if old is None else os.environ.update({name: old})
 
 
 @pytest.fixture(scope="session")

@@ -104,13 +104,16 @@ def test_a_folder_that_can_not_be_used_is_left_to_jax(tmp_path):
 
 
 @contextlib.contextmanager
-def cache_dir(name):
-    before = jax.config.jax_compilation_cache_dir
+def cache_dir(name, enabled=True):
+    keys = ("compilation_cache_dir", "enable_compilation_cache", "persistent_cache_min_compile_time_secs")
+    before = {f"jax_{key}": getattr(jax.config, f"jax_{key}") for key in keys}
     jax.config.update("jax_compilation_cache_dir", name)
+    jax.config.update("jax_enable_compilation_cache", enabled)
     try:
         yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for key, value in before.items():
+            jax.config.update(key, value)
 
 
 def test_around_what_is_compiled(tmp_path):
@@ -125,6 +128,73 @@ def test_around_what_is_compiled(tmp_path):
         _flip(tmp_path / "a-cache")
         with compile_cache.verified() as removed:
             assert len(removed) == 1 and "a-cache" in removed[0]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty cache folder of the user."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
+    return tmp_path / "flaxmodels" / "compiled"
+
+
+def kept():
+    compile_cache.keep()
+    return compile_cache.folder()
+
+
+def test_a_command_keeps_its_programs_in_a_folder_of_the_users_own(home, monkeypatch):
+    with cache_dir(None):
+        place = kept()
+        assert place.parent == home and place.is_dir() and place.stat().st_mode & 0o777 == 0o700
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == compile_cache.WORTH
+    with cache_dir(None):
+        assert kept() == place
+    monkeypatch.setattr(compile_cache, "instructions", lambda: "of another CPU")
+    with cache_dir(None):
+        assert kept() not in (None, place)
+
+
+def test_what_the_user_says_of_the_folder_stays(home, monkeypatch):
+    for name, enabled in (("/of/mine", True), (None, False)):
+        with cache_dir(name, enabled):
+            before = jax.config.jax_persistent_cache_min_compile_time_secs
+            compile_cache.keep()
+            assert jax.config.jax_compilation_cache_dir == name and not home.exists()
+            assert jax.config.jax_persistent_cache_min_compile_time_secs == before
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+    with cache_dir(None):
+        before = jax.config.jax_persistent_cache_min_compile_time_secs
+        assert kept() and jax.config.jax_persistent_cache_min_compile_time_secs == before
+
+
+def test_a_folder_that_others_can_write_in_is_not_used(home):
+    with cache_dir(None):
+        place = kept()
+    place.chmod(0o770)
+    with cache_dir(None):
+        assert kept() is None
+
+
+def test_no_folder_is_no_error(home):
+    home.parent.write_text("a file in its place")
+    with cache_dir(None):
+        assert kept() is None
+
+
+def test_what_was_used_longest_ago_goes_first(home, monkeypatch):
+    with cache_dir(None):
+        place = kept()
+    now = time.time()
+    for age, name in enumerate("abcd"):
+        os.utime(entry(place, name), (now - age * 100,) * 2)
+    compile_cache.seal(place)
+    os.utime(place / "d-cache", (now + 1, now - 300))  # read since
+    size = (place / "a-cache").stat().st_size
+    monkeypatch.setattr(compile_cache, "MOST", 2 * size)
+    with cache_dir(None):
+        assert kept() == place
+    assert sorted(file.name for file in place.glob("*-cache")) == ["a-cache", "d-cache"]
 
 
 PROGRAM = """

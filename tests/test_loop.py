@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import signal
+import time
 
 import jax
 import jax.monitoring
@@ -12,9 +14,12 @@ import small
 
 from flaxmodels import evaluating, loop, registry, run
 from flaxmodels.checkpoint import Checkpoints
+from flaxmodels.data.feed import Feed
 from flaxmodels.evaluate import evaluate
 from flaxmodels.job import assemble
+from flaxmodels.run import Run
 from flaxmodels.runtime.signals import Stop
+from flaxmodels.runtime.windows import PARTS
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -113,6 +118,47 @@ def test_what_several_processes_decide_resumes_alike(tmp_path, monkeypatch, unin
         resumed = fit(resumable_config(), tmp_path)
     assert small.bits(resumed.state) == small.bits(whole.state)
     assert logged(tmp_path) == rows and resumed.finished == whole.finished
+
+
+@pytest.mark.slow
+def test_nothing_is_sent_in_a_step_and_every_window_is_accounted_for(tmp_path, monkeypatch):
+    """All that a step needs is on the devices when it is called; the parts of a window are all of it."""
+
+    def guarded(program):
+        def call(*arguments):
+            with jax.transfer_guard("disallow"):
+                return program(*arguments)
+
+        return call
+
+    monkeypatch.setattr(run, "strict", guarded)
+    stream = io.StringIO()
+    loop.fit(small_config(), tmp_path, devices=jax.devices()[:1], stream=stream)
+    rows = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if "train/loss" in row]
+    assert len(rows) == 8
+    for row in rows:
+        np.testing.assert_allclose(sum(row[f"perf/{part}"] for part in PARTS), 1, atol=1e-3)
+        assert row["perf/examples_per_second"] > 0 and 0 <= row["perf/idle"] <= 1
+    said = stream.getvalue()
+    assert "perf/device" not in said and "perf/examples_per_second" in said
+    assert "\ntime: " in said and "s for the first batch\n" in said
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_its_data_says_so(tmp_path, monkeypatch):
+    """Each batch takes 30 ms to gather, and the step of a small MLP far less."""
+    gathered = Feed._gathered
+    monkeypatch.setattr(Feed, "_gathered", lambda feed, index: time.sleep(0.03) or gathered(feed, index))
+    stream = io.StringIO()
+    config = small_config(train=dict(duration=60, eval_every=0, steps_per_dispatch=1), checkpoint=dict(every=0))
+    config["data"] |= {"placement": "host", "eval_batch_size": 256}
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_save", lambda *_, **__: None)  # the first one takes its time
+        loop.fit(config, tmp_path, devices=jax.devices()[:1], stream=stream)
+    assert re.search(
+        r"\ninput-bound: the device waits \d\d% of the time; try data.placement='device'\n", stream.getvalue()
+    )
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """The train step: small, pure, and the same for every kind of model."""
 
 import ast
+import dataclasses
 import io
 import tokenize
 from functools import partial
@@ -316,6 +317,51 @@ def test_a_program_refuses_another_shape_dtype_sharding_or_tree(compiled):
             program(state, data)
             pytest.fail(f"took another {name}")
     program(state, placed)  # nothing was donated by the calls that failed
+
+
+def test_what_a_program_would_have_to_be_compiled_again_for_is_named(compiled):
+    """The array by its path, what it was, and what it is; no further ones; and nothing is donated."""
+    mesh, make, _, placed, program = compiled
+    split, state = sharding.batch_sharding(mesh), make()
+    run = step.strict(program, ("state", "batch"))
+    elsewhere = jax.device_put(state.params["hidden_0"]["kernel"], jax.devices()[3])
+    moved = dataclasses.replace(
+        state, params={**state.params, "hidden_0": {**state.params["hidden_0"], "kernel": elsewhere}}
+    )
+    cases = {
+        "batch/inputs was float32[16, 5], is float32[8, 5]": (state, jax.device_put(batch(8), split)),
+        "batch/weights was float32[16], is int32[16]": (
+            state, {**placed, "weights": jax.device_put(np.ones(B, np.int32), split)},
+        ),
+        "batch/inputs, float32[16, 5], was P(('data', 'fsdp'),) on a mesh of data=2, fsdp=4, is P() on": (
+            state, jax.device_put(batch(), sharding.replicated(mesh)),
+        ),
+        "batch/more is new: float32[16]": (state, {**placed, "more": placed["weights"]}),
+        "batch/targets is missing, was int32[16]": (state, {k: v for k, v in placed.items() if k != "targets"}),
+        "batch/inputs is no array, but of type str": (state, {**placed, "inputs": "x"}),
+        "argument 2 is new: int32[]": (state, placed, 1),
+        "state/params/hidden_0/kernel, float32[5, 256], was P(None, 'fsdp') on a mesh of": (moved, placed),
+    }  # fmt: skip
+    for words, arguments in cases.items():
+        with pytest.raises(step.RecompileError) as caught:
+            run(*arguments)
+        lines = [line.strip() for line in str(caught.value).splitlines() if line.startswith("  ")]
+        assert any(line.startswith(words) for line in lines), (words, lines)
+        assert len(lines) == (3 if "[8, 5]" in words or "is P()" in words else 1), lines
+    assert "on cpu:3" in lines[0]
+    after, _ = run(state, placed)
+    assert after.step == 1
+
+
+def test_an_error_of_another_kind_passes_through():
+    class Program:
+        args_info = input_shardings = ((np.float32(1),), {})
+
+        def __call__(self, x):
+            raise ValueError("of something else")
+
+    with pytest.raises(ValueError, match="of something else"):
+        step.strict(Program())(np.float32(2))
 
 
 def test_only_shapes_are_needed_to_lower():

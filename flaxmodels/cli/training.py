@@ -16,19 +16,21 @@ def train(argv: Sequence[str]) -> int:
 def _train(argv: Sequence[str]) -> int:
     with exits.importing():
         from flaxmodels import loop
+        from flaxmodels.perf import profile, rescue
         from flaxmodels.runtime import distributed
 
     flags = config.parse(config.train_parser("flaxmodels train"), argv)
     allowed = {key: getattr(flags.arguments, key) for key in ("allow_config_change", "allow_data_change")}
-    with distributed.joined(flags.arguments, flags.workdir):
-        return loop.fit(flags.config, flags.workdir, **allowed).exit_code
+    profiler = profile.asked(flags.arguments.profile, flags.workdir)
+    with rescue.offered(flags.config), distributed.joined(flags.arguments, flags.workdir):
+        return loop.fit(flags.config, flags.workdir, **allowed, profiler=profiler).exit_code
 
 
 def evaluate(argv: Sequence[str]) -> int:
     """Evaluate a checkpoint of a workdir on the whole evaluation split."""
     with exits.importing():
         from flaxmodels import evaluating, job
-        from flaxmodels.runtime import distributed
+        from flaxmodels.runtime import compile_cache, distributed
 
     parser = config.parser("flaxmodels eval", "Evaluate a checkpoint on the whole evaluation split.")
     parser.add_argument("--step", default="best", help="best, latest, or a step on disk (default: best)")
@@ -36,7 +38,7 @@ def evaluate(argv: Sequence[str]) -> int:
     place.add_flags(parser)
     flags = config.parse(parser, argv)
     asked = flags.arguments
-    with distributed.joined(asked) as first:
+    with distributed.joined(asked) as first, compile_cache.verified():
         assembled = job.assemble(flags.config)
         step, found, count = evaluating.evaluate_checkpoint(
             assembled, flags.workdir, asked.step, allow_data_change=asked.allow_data_change

@@ -13,6 +13,7 @@ import functools
 import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -66,12 +67,17 @@ def choose(asked: Placement, source: Source, mesh: Mesh, *, on_host: str = "") -
     elsewhere: Placement = "disk" if stored else "host"
     if on_host:
         return elsewhere, f"data on the {elsewhere}: {on_host} needs it there"
-    memory = hardware.memory(mesh.devices.flat[0])
-    limit = min(RESIDENT_BYTES, RESIDENT_SHARE * memory) if memory else RESIDENT_BYTES
+    limit = resident_limit(mesh)
     fits = source.nbytes <= limit
     where: Placement = "device" if fits else elsewhere
     relation = "within" if fits else "over"
     return where, f"data on the {where}: {source.nbytes / 2**20:.1f} MiB are {relation} {limit / 2**20:.0f} MiB"
+
+
+def resident_limit(mesh: Mesh) -> float:
+    """Bytes of a data set that may move onto the devices by itself."""
+    memory = hardware.memory(mesh.devices.flat[0])
+    return min(RESIDENT_BYTES, RESIDENT_SHARE * memory) if memory else RESIDENT_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +122,7 @@ class Feed:
       functions: of `host_augment`, for training.
 
     Attributes:
+      streams: rows are more than a gather from memory, and `loading` says who makes them.
       skipped: how many examples could not be read and were left out, as their source was told to.
       seen: of how many: the whole split where it is in memory, else all that were read so far.
     """
@@ -132,9 +139,14 @@ class Feed:
     ) -> None:
         self.split, self.mesh, self.batch_size, self.resident = split, mesh, batch_size, resident
         self.loading, self.functions = loading or Loading(), functions
-        self._streams = not resident and bool(split.stored or functions)
-        self.seen = 0 if self._streams else split.size
-        self.skipped = 0 if self._streams else int(split.arrays.get(SKIP, np.False_).sum())
+        self.streams = not resident and bool(split.stored or functions)
+        self.seen = 0 if self.streams else split.size
+        self.skipped = 0 if self.streams else int(split.arrays.get(SKIP, np.False_).sum())
+        self._made = self._sent = 0.0
+
+    def fed(self) -> tuple[float, float]:
+        """Seconds that what `dispatches` yielded took the thread that prepares it: (to read or make, to send)."""
+        return self._made, self._sent
 
     @functools.cached_property
     def every(self) -> dict[str, jax.Array]:
@@ -214,16 +226,22 @@ class Feed:
         """(dispatches that share a piece, `each` of their steps, sent)."""
         with contextlib.ExitStack() as stack:
             read: Iterator[Any] | None = None
+            begun = time.monotonic()
             for group in groups:
                 first, total = group[0][0], sum(count for _, count in group)
-                if self._streams:
+                if self.streams:
                     read = read or stack.enter_context(contextlib.closing(self.stream(seed, first)))
                     each = _stacked(list(itertools.islice(read, total)), rows)
                 else:
                     index = np.zeros((rows, self.batch_size), np.int32)
                     index[:total] = self.indices(seed, first, total)
                     each = self._gathered(index)
-                yield group, self._send(each, lead=1)
+                made = time.monotonic()
+                sent = self._send(each, lead=1)
+                now = time.monotonic()
+                self._made, self._sent = self._made + made - begun, self._sent + now - made
+                yield group, sent
+                begun = time.monotonic()
 
     def stream(self, seed: int, first: int = 0) -> Generator[dict[str, Any]]:
         """What `Reader` gives for each step of training from `first` on, read ahead."""
@@ -261,7 +279,7 @@ class Feed:
         """`each` of every batch of an evaluation, sent."""
         numbers = range(order.eval_batches(self.batch_size, self.split.size))
         index = functools.partial(order.eval_index, batch_size=self.batch_size, size=self.split.size)
-        if self._streams:
+        if self.streams:
             reader = Reader(self.split.gather, self.split.arrays, index, self._spans)
             with contextlib.closing(self._read(reader, numbers)) as read:
                 for each in read:

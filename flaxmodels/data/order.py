@@ -10,7 +10,7 @@ holds exactly the same number of examples of each part, in an order of its own.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,7 +38,12 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
     The examples sorted by raw Philox output with the key (seed, epoch).
     """
-    order = np.argsort(_raw(seed, epoch, size), kind="stable").astype(np.int32)
+    raw = _raw(seed, epoch, size)
+    order = np.argsort(raw)  # five times as fast as a stable sort, and the same where no two are equal
+    found = raw[order]
+    if (found[1:] == found[:-1]).any():
+        order = np.argsort(raw, kind="stable")
+    order = order.astype(np.int32)
     order.setflags(write=False)
     return order
 
@@ -108,11 +113,14 @@ def train_indices(
       size: examples in the split.
       mixture: (size, positions in each `PERIOD`) of each part of the split; () for a split of one part.
     """
-    positions = np.arange(first_step * batch_size, (first_step + steps) * batch_size, dtype=np.int64)
-    index = np.empty(len(positions), np.int32)
+    start, stop = first_step * batch_size, (first_step + steps) * batch_size
+    index = np.empty(stop - start, np.int32)
     if not mixture:
-        _in_epochs(seed, positions, size, index, slice(None))
+        for at in _epochs(start, stop, size):
+            epoch, place = divmod(at.start, size)
+            index[at.start - start : at.stop - start] = _stretch(seed, epoch, place, len(at), size)
         return index.reshape(steps, batch_size)
+    positions = np.arange(start, stop, dtype=np.int64)
     part, places = _dealt(seed, positions, tuple(slots for _, slots in mixture))
     offset = 0
     for number, (length, _) in enumerate(mixture):
@@ -124,7 +132,22 @@ def train_indices(
     return index.reshape(steps, batch_size)
 
 
-def _in_epochs(seed: int, positions: np.ndarray, size: int, out: np.ndarray, where: slice | np.ndarray) -> None:
+def _epochs(start: int, stop: int, size: int) -> Iterator[range]:
+    """Cut the positions from `start` to `stop` at the ends of epochs."""
+    while start < stop:
+        end = min((start // size + 1) * size, stop)
+        yield range(start, end)
+        start = end
+
+
+def _stretch(seed: int, epoch: int, place: int, count: int, size: int) -> np.ndarray:
+    """What stands at `count` places of an epoch's order from `place` on: (count,) int32."""
+    if size <= SORTED:
+        return permutation(seed, epoch, size)[place : place + count]
+    return permuted(seed, epoch, np.arange(place, place + count), size)
+
+
+def _in_epochs(seed: int, positions: np.ndarray, size: int, out: np.ndarray, where: np.ndarray) -> None:
     """Write what stands at `positions` (N,) of the endless sequence of one part to `out[where]`."""
     epochs, places = np.divmod(positions, size)
     found = np.empty(len(positions), np.int32)

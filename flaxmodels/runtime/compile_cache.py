@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import importlib
 import os
+import re
 import tempfile
 import time
 import zlib
@@ -21,9 +22,64 @@ from pathlib import Path
 
 import jax
 
+from flaxmodels import hardware
+
 ENTRY, SEAL = "-cache", ".sha256"
+# Of the folder that `keep` chooses: bytes, above which what was used longest ago goes; and seconds, that compiling a
+# program takes at the least, so that keeping it pays.
+MOST, WORTH = 2 * 2**30, 0.05
+NUMBER = 2000  # of programs, above which the same: each is looked at when a run starts
 YOUNG = 60.0  # seconds
 _ZSTANDARD = b"\x28\xb5\x2f\xfd"  # how its data begin
+
+
+def keep() -> None:
+    """Keep compiled programs in this user's cache folder, where JAX was told no other: the second start is faster.
+
+    For a command, which has its process to itself, before anything is compiled. Nothing changes where JAX has a folder
+    (JAX_COMPILATION_CACHE_DIR), or is to have none (JAX_ENABLE_COMPILATION_CACHE=false), or where the folder can't be
+    made, or others could write in it: what lies there is run. Each kind of CPU has a folder of its own, since homes are
+    shared between machines, and code for one may not run on another.
+    """
+    chosen, enabled = _settings()
+    if chosen or not enabled:
+        return
+    try:
+        place = hardware.make_cache_folder("compiled", hashlib.sha256(instructions().encode()).hexdigest()[:12])
+        for found in (part.stat() for part in (place.parents[1], place.parent, place)):
+            if found.st_uid != os.getuid() or found.st_mode & 0o022:
+                return
+        if not os.access(place, os.W_OK):
+            return
+        _shrink(place)
+    except (OSError, RuntimeError):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(place))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", WORTH)
+
+
+def instructions() -> str:
+    """What this machine's CPU can do beyond the least that XLA makes code for; "" where the system doesn't say."""
+    with contextlib.suppress(OSError):
+        if found := re.search(r"^(?:flags|Features)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return " ".join(sorted(word for word in found[1].split() if re.search("avx|amx|fma|bmi|sve|asimd", word)))
+    return ""
+
+
+def _shrink(place: Path) -> None:
+    """Remove what was read or written longest ago, while all of it is more than `MOST` or `NUMBER`."""
+    used = []
+    for entry in place.glob(f"*{ENTRY}"):
+        with contextlib.suppress(OSError):  # another process has just removed it
+            found = entry.stat()
+            used.append((max(found.st_atime, found.st_mtime), found.st_size, entry))
+    size, number = sum(size for _, size, _ in used), len(used)
+    for _, freed, entry in sorted(used):
+        if size <= MOST and number <= NUMBER:
+            return
+        entry.unlink(missing_ok=True)
+        size, number = size - freed, number - 1
 
 
 @contextlib.contextmanager
@@ -46,10 +102,16 @@ def verified() -> Iterator[list[str]]:
 
 def folder() -> Path | None:
     """The folder that JAX keeps compiled programs in; None where it keeps none, or keeps them in a bucket."""
-    name, enabled = (getattr(jax.config, f"jax_{key}") for key in ("compilation_cache_dir", "enable_compilation_cache"))
+    name, enabled = _settings()
     if not name or "://" in name or not enabled:
         return None
     return Path(name)
+
+
+def _settings() -> tuple[str | None, bool]:
+    """JAX's folder, and whether it is to be used."""
+    name, enabled = (getattr(jax.config, f"jax_{key}") for key in ("compilation_cache_dir", "enable_compilation_cache"))
+    return name, enabled
 
 
 def check(place: Path) -> list[str]:

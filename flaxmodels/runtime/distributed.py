@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 
-from flaxmodels.runtime import exits, peers, progress, pulse, roll_call
+from flaxmodels.runtime import compile_cache, exits, peers, progress, pulse, roll_call
 from flaxmodels.runtime.cluster import Place
 from flaxmodels.runtime.exits import SignalledError
 from flaxmodels.runtime.place import host_and_port, place_of
@@ -78,6 +78,7 @@ def joined(flags: argparse.Namespace, workdir: Path | None = None) -> Iterator[b
     """
     place = place_of(flags, os.environ)
     if place is None:
+        compile_cache.keep()  # of several processes JAX has only one write there
         with pulse.opened({}, 0, flags.heartbeat_timeout, flags.stuck_after, workdir):
             yield True
         return
