@@ -15,7 +15,7 @@ _PUBLIC = {
     "load_config": "flaxmodels.config",
     "UserError": "flaxmodels.registry",
     "checkpoint": None, "data": None, "evaluate": None, "losses": None, "metrics": None, "models": None,
-    "optim": None, "sharding": None, "state": None, "step": None,
+    "optim": None, "sharding": None, "state": None, "step": None, "testing": None,
 }  # fmt: skip
 
 __all__ = ["__version__", *_PUBLIC]

@@ -11,7 +11,7 @@ from flaxmodels import data, sharding
 from flaxmodels.data import order
 from flaxmodels.data.feed import Feed
 from flaxmodels.data.loading import Loading
-from flaxmodels.perf import bench_data
+from flaxmodels.perf import bench_data, bench_show
 from flaxmodels.registry import UserError
 
 
@@ -94,9 +94,9 @@ def test_ways_to_load_what_is_in_memory(quick, capsys):
     for row in rows:
         assert row["slowest"] <= row["examples_per_second"] <= row["fastest"] and "ratio" not in row
         assert (row["data"], row["batch_size"], row["turns"]) == ("digits", 64, 2)
-    bench_data.show(rows)
-    lines = capsys.readouterr().out.splitlines()
-    assert [json.loads(line) for line in lines if line.startswith("{")] == rows
+    bench_show.show(rows, bench_show.DATA, as_json=True)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    lines = list(bench_show.DATA.table(rows))
     assert sum(line.startswith("* device ") for line in lines) == 1
 
 

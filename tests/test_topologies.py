@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from flaxmodels import cli, hardware, job, sharding
 from flaxmodels.config import load_config
-from flaxmodels.perf import compiled, topologies
+from flaxmodels.perf import compiled, gpus, topologies
 from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
 
@@ -107,6 +109,64 @@ def test_libtpu_that_does_not_answer(monkeypatch, reason, error, said):
     monkeypatch.setattr(topologies.topologies, "get_topology_desc", refuse)
     with pytest.raises(error, match=said):
         topologies.devices("v5e:4x4")
+
+
+# GPUs
+
+
+@pytest.mark.parametrize(("name", "shape"), [("h100:1", (1, 1)), ("h200:8", (1, 8)), ("a100:2x8", (2, 8))])
+def test_names_of_gpus(name, shape):
+    gpu, parsed = gpus.parse(name)
+    assert parsed == shape and gpu.kind in hardware.KINDS
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("h10:8", "there is no GPU 'h10'. Did you mean 'h100'?"),
+        ("h100", "is not GPU:NUMBER, such as 'h100:8', or GPU:NODESxNUMBER, such as 'h100:2x8'"),
+        ("h100:0", "is not GPU:NUMBER"),
+        ("h100:16", "a node has at most 8 GPUs. Did you mean 'h100:2x8'?"),
+        ("h100:2x16", "a node has at most 8 GPUs."),
+    ],
+)
+def test_gpus_that_do_not_exist(name, said):
+    with pytest.raises(UserError, match=re.escape(f"topology {name!r}") + f".*{re.escape(said)}"):
+        gpus.devices(name)
+
+
+def test_a_plugin_that_does_not_answer(monkeypatch):
+    monkeypatch.setenv("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    for reason, error, said in (
+        ("PJRT plugin not found for cuda", UserError, r"pip install 'flaxmodels-train\[cuda\]'"),
+        ("INTERNAL: something", FaultError, "refuses it: INTERNAL: something"),
+    ):
+
+        def refuse(reason=reason, **_):
+            raise RuntimeError(reason)
+
+        monkeypatch.setattr(gpus.topologies, "get_topology_desc", lambda refuse=refuse, **_: refuse())
+        with pytest.raises(error, match=said):
+            gpus.devices("h100:8")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="the CUDA plugin is not installed")
+def test_gpus_are_those_that_jax_lists_on_real_ones():
+    """In a process of its own: the plugin must be told before JAX starts that there is no GPU."""
+    code = (
+        "from flaxmodels.perf import cells\n"
+        "for name in ('h100:8', 'h200:2x8', 'b200:1', 'a100:4'):\n"
+        "    (one,) = cells.targets([name])\n"
+        "    print(name, len(one.devices), one.devices[0].device_kind, max(d.process_index for d in one.devices) + 1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.stdout.splitlines() == [
+        "h100:8 8 NVIDIA H100 80GB HBM3 1",
+        "h200:2x8 16 NVIDIA H200 2",
+        "b200:1 1 NVIDIA B200 1",
+        "a100:4 4 NVIDIA A100-SXM4-80GB 1",
+    ], done.stderr
 
 
 # With libtpu

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flaxmodels import registry
-from flaxmodels.cli import checkpoint, doctor, looking, measuring, proving, replay, training, words
+from flaxmodels.cli import budget, checkpoint, doctor, looking, measuring, planning, proving, replay, training, words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
@@ -15,7 +15,9 @@ VERBS: Mapping[str, words.Verb] = {
     "config": looking.show,
     "batch": looking.batch,
     "data": looking.show_data,
+    "plan": planning.plan,
     "bench": measuring.bench,
+    "budget": budget.budget,
     "prepare": training.prepare,
     "shardings": measuring.shardings,
     "verify": proving.verify,

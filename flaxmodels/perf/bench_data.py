@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,20 +98,6 @@ def speed(job: Job, seconds: float = 1.0) -> tuple[str, float]:
     way = functools.partial(measured, feed, job.seed, job.cadence.steps_per_dispatch)
     found = measure({"run": way}, seconds, turns=3)
     return TO_DEVICE[placed], statistics.median(found["run"])
-
-
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table, then a line of JSON for each row."""
-    print(f"{rows[0]['data']}, batches of {rows[0]['batch_size']}; median of {rows[0]['turns']} turns\n")
-    peer = next((row["peer"] for row in rows if "peer" in row), None)
-    print(f"  {'way':<28}{'examples/s':>14}{'slowest':>14}{'fastest':>14}" + (f"   by {peer}" if peer else ""))
-    for row in rows:
-        numbers = "".join(f"{row[key]:>14,}" for key in ("examples_per_second", "slowest", "fastest"))
-        ratio = f"{row['ratio']:>9.2f} x" if "ratio" in row else ""
-        print(f"{'*' if row['chosen'] else ' '} {row['way']:<28}{numbers}{ratio}")
-    print("\n* the way a run of this config goes\n")
-    for row in rows:
-        print(json.dumps(row))
 
 
 def measure(ways: Mapping[str, Way], seconds: float, turns: int = TURNS) -> dict[str, list[float]]:

@@ -1,223 +1,188 @@
-"""One update of a config, computed in several ways: do they agree, and what does each cost?
+"""What the compiled step of a config costs on the devices at hand; and the same of other ways, or other configs.
 
-The ways take turns in one run, so that whatever else the machine does slows all of them alike. Read `bench` first; the
-ways are in `ways.py`.
+All take turns in one run, so that whatever else the machine does slows all of them alike. Read `bench` first; ways are
+in `ways`, turns in `timing`, FLOP/s and the like in `achieved`, whether ways agree in `agreement`.
 """
 
-import contextlib
-import json
-import math
-import statistics
-import time
-from collections.abc import Mapping, Sequence
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+from ml_collections import ConfigDict
 
-from flaxmodels import registry, sections, sharding
+from flaxmodels import config as configs
+from flaxmodels import memory, registry, sections, sharding
 from flaxmodels.job import Job, assemble
-from flaxmodels.perf import ways
+from flaxmodels.perf import achieved, agreement, compiling, energy, timing, ways
+from flaxmodels.perf.running import Run, first_feeds
 from flaxmodels.perf.ways import Way
+from flaxmodels.registry import UserError
+from flaxmodels.runtime import exits, heap
 
-# Each way has so many turns, of so many dispatches at the least, after some that do not count.
-TURNS, SHORTEST, SETTLED = 7, 3, 2
-# Steps whose results are compared, and dispatches whose batches are made beforehand, to be used over and over.
-STEPS = 5
-# Relative differences that rounding may make, by the dtype of the computation.
-ROUNDING = {"float32": 2e-5, "bfloat16": 2e-2}
-IN_TURN = "in turn"
+AS_WRITTEN = "as written"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One thing to measure.
+
+    Attributes:
+      name: as it was asked for.
+      job: to measure the update of.
+      make: of `ways.WAYS`: how it is computed.
+    """
+
+    name: str
+    job: Job
+    make: Callable[[Job], Way]
 
 
 def bench(
     config: Mapping[str, Any],
-    compare: Sequence[str] = ("jit", "shard_map", "pmap"),
+    compare: Sequence[str] = (),
     seconds: float = 5.0,
     devices: Sequence[jax.Device] | None = None,
+    turns: int = timing.TURNS,
 ) -> list[dict[str, Any]]:
-    """Run the update of a config in several ways.
+    """Measure the update of a config.
 
     Args:
-      config: of a run, with all its sections. All devices are put on the data axis, whatever its mesh says.
-      compare: names of `ways.WAYS`; the first is what the others are measured against.
-      seconds: that each way is timed for, all turns together.
+      config: of a run, with all its sections.
+      compare: what to measure: names of `ways.WAYS`; config files; and changes of this config, "KEY=VALUE", or several
+        joined by "+". All others are held against the first. Of one change or file alone the first is the config as it
+        is written; with nothing to compare that is measured alone.
+        Where `shard_map` or `pmap` is among the ways, these all put all devices on the data axis, whatever the mesh is.
+      seconds: that each is timed for, all turns together.
       devices: to run on; None takes all there are.
+      turns: of each.
 
     Returns:
-      A row for each way, ready for JSON: "way", "data", "batch_size", "mesh", "compile_seconds", "step_ms" (median of
-      all dispatches, by their steps), "p95_ms", "ratio" (median over turns of its time by that of the first way),
-      "dispatches" and "turns" (that were timed), "by_design" (why others differ from "jit"), "agreement": for the
-      first way, and for the parts in turn, {"against", "steps", "loss", "grad_norm", "params", "extra", "equal"}:
-      the largest relative differences in `STEPS` steps, the relative distances of the parameters and of the other
-      collections after them, and whether all this is rounding.
+      A row for each, ready for JSON: "name", "data", "batch_size", "mesh", "platform", "steps_per_dispatch";
+      "trace_seconds", "lower_seconds", "compile_seconds" (cache of programs empty), "cached_seconds" (to compile it
+      with the program in the cache), "first_step_ms"; "loss" (of the last of the first `running.STEPS` steps); what
+      `timing.figures` and `achieved.achieved` say; "peak_bytes" and "peak_of", measured, all rows together, and
+      "energy", what joules are of, or why there are none; for all but the first what `timing.against` says; "by_design"
+      (why explicit collectives differ from "jit"), and "agreement": for ways, `agreement.difference` from the first
+      one, and from the parts in turn, with whom that is "against".
 
     Raises:
-      UserError: the config is wrong, or there is no such way.
+      UserError: a config is wrong, or there is no such way or file; or a step does not fit the devices.
+      FaultError: memory does not suffice.
     """
-    makers = {name: registry.pick(ways.WAYS, name, "--compare") for name in compare}
     checked = sections.check(config, lambda text, where: text)
     devices = list(sharding.find_devices(checked["mesh"].get("platform")) if devices is None else devices)
-    job = assemble({**config, "mesh": {"data": len(devices)}}, devices)
-    reasons, feeds = ways.by_design(job), _feeds(job)
-    runs = {name: Run(make(job), feeds) for name, make in makers.items()}
-    results = {name: run.results() for name, run in runs.items()}
-    if reasons and makers.keys() - {"jit"}:
-        one = assemble({**config, "mesh": {"data": 1}}, devices[:1])
-        results[IN_TURN] = Run(ways.in_turn(one, len(devices)), _feeds(one)).results()
-    times = measure(runs, seconds)
-    first = next(iter(makers))
-    return [
-        {
-            "way": name,
-            "data": job.source.name,
-            "batch_size": job.train.batch_size,
-            "mesh": sharding.describe(job.mesh),
-            "compile_seconds": round(run.way.seconds, 2),
-            **_times(times[name], times[first]),
-            "by_design": reasons,
-            "agreement": [
-                _difference(results[name], results[other], ROUNDING[job.policy.compute]) | {"against": other}
-                for other in (first, *([IN_TURN] if name != "jit" else []))
-                if other in results and other != name
-            ],
+    if exits.commanding():  # as a run does
+        heap.keep(devices[0].platform)
+    entries = _entries(config, compare, devices)
+    explicit = _explicit(compare)
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    results: dict[str, tuple[Any, ...]] = {}
+    for entry in entries:
+        with memory.explained(entry.job) as programs:
+            way, cached = _made(entry)
+            programs.append(way.program)
+            runs[entry.name] = run = Run(way, first_feeds(entry.job))
+            results[entry.name] = run.results(whole=explicit)
+        rows[entry.name] = {
+            **_described(entry),
+            **{f"{name}_seconds": round(took, 4) for name, took in dataclasses.asdict(way.seconds).items()},
+            "cached_seconds": round(cached, 4),
+            "first_step_ms": round(1e3 * run.first_seconds, 3),
+            "loss": float(results[entry.name][0]["loss"][-1]),
         }
-        for name, run in runs.items()
-    ]
+    counter, said = energy.counter(devices[0].platform)
+    achieved.forget_peak()
+    times = timing.measure(runs, seconds, turns, counter)
+    most, of = achieved.peak(devices)
+    if explicit:
+        _add_agreement(config, entries, results, rows, devices)
+    first = entries[0].name
+    for entry in entries:
+        row, found = rows[entry.name], timing.figures(times[entry.name])
+        row |= found | achieved.achieved(entry.job, runs[entry.name].way.program, found["step_ms"] / 1e3)
+        row |= {"peak_bytes": most, "peak_of": of, "energy": said}
+        if entry.name != first:
+            row |= timing.against(times[entry.name], times[first], devices[0].platform)
+    return list(rows.values())
 
 
-def show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print a table of times and one of differences, then a line of JSON for each row."""
-    first = rows[0]
-    print(f"{first['data']}, batches of {first['batch_size']} on {first['mesh']}; {first['turns']} turns\n")
-    print(f"  {'way':<12}{'compile':>10}{'step':>14}{'95 % within':>14}   by {first['way']}")
-    for row in rows:
-        compiled, median, most = (
-            f"{row['compile_seconds']:.1f} s",
-            f"{row['step_ms']:.3f} ms",
-            f"{row['p95_ms']:.3f} ms",
-        )
-        print(f"{'*' if row['way'] == 'jit' else ' '} {row['way']:<12}{compiled:>10}{median:>14}{most:>14}", end="")
-        print(f"{row['ratio']:>7.2f} x")
-    print(f"\n* the way a run goes\n\nrelative differences in the first {STEPS} steps\n")
-    print(f"  {'way':<12}{'against':<12}{'loss':>10}{'grad norm':>12}{'parameters':>12}{'others':>10}")
-    for row in rows:
-        for found in row["agreement"]:
-            numbers = (
-                f"{found['loss']:>10.1e}{found['grad_norm']:>12.1e}{found['params']:>12.1e}{found['extra']:>10.1e}"
-            )
-            verdict = "equal up to rounding" if found["equal"] else "by design" if _meant(row, found) else "DIFFERENT"
-            print(f"  {row['way']:<12}{found['against']:<12}{numbers}  {verdict}")
-    notes = list(first["by_design"])
-    if any(found["against"] == IN_TURN for row in rows for found in row["agreement"]):
-        notes.append(f"{IN_TURN}: the parts of all devices, one after the other, on one device")
-    print("".join(f"\n{note}." for note in notes))
-    for row in rows:
-        print(json.dumps(row))
+def _entries(config: Mapping[str, Any], compare: Sequence[str], devices: Sequence[jax.Device]) -> list[Entry]:
+    """What `compare` asks for; ways share a job. Names are made unique, so that a thing can be held against itself."""
+    mesh = {"mesh": {"data": len(devices)}} if _explicit(compare) else {}
+    asked = [(name, *_meant(config, name)) for name in compare]
+    if not asked or (len(asked) == 1 and asked[0][0] not in ways.WAYS):
+        asked = [(AS_WRITTEN, config, ways.jit), *asked]
+    shared = next((assemble({**config, **mesh}, devices) for _, meant, _ in asked if meant is config), None)
+    found: list[Entry] = []
+    for name, meant, make in asked:
+        job = shared if meant is config and shared else assemble(meant, devices)
+        before = sum(entry.name.partition(" (")[0] == name for entry in found)
+        found.append(Entry(f"{name} ({before + 1})" if before else name, job, make))
+    return found
 
 
-def agree(rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether all differences are rounding, or meant."""
-    return all(found["equal"] or _meant(row, found) for row in rows for found in row["agreement"])
+def _meant(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Callable[[Job], Way]]:
+    """The config that an alternative stands for, and the way to compute it."""
+    if name in ways.WAYS:
+        return config, ways.WAYS[name]
+    if name.partition(":")[0].endswith(".py"):
+        return configs.load_config(name), ways.jit
+    if "=" not in name:
+        registry.pick(ways.WAYS, name, "--compare")
+    changed = ConfigDict(registry.plain(config))
+    for change in re.split(r"\+(?=[a-z_]\w*(?:\.\w+)*=)", name):
+        key, _, value = change.partition("=")
+        if not value or not all(key.split(".")):
+            raise UserError(f"--compare={name!r}: {change!r} is no change: expected KEY=VALUE, as model.layers=2.")
+        configs.override(changed, key, value)
+    return changed, ways.jit
 
 
-def _meant(row: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
-    return bool(row["by_design"]) and "jit" in (row["way"], found["against"])
+def _explicit(compare: Sequence[str]) -> bool:
+    """Whether a way with explicit collectives is asked for."""
+    return any(name in ways.WAYS and name != "jit" for name in compare)
 
 
-class Run:
-    """A way under way: its state, and batches to go on with.
-
-    Args:
-      way: compiled.
-      feeds: of the first dispatches, on the host.
-    """
-
-    def __init__(self, way: Way, feeds: Sequence[dict[str, Any]]) -> None:
-        self.way, self.state, self.step, self.number = way, way.state, 0, 0
-        every = way.place({"every": feeds[0]["every"]})
-        self.feeds = [way.place({key: feed[key] for key in ("count", "first", "each")}) | every for feed in feeds]
-        self.counts = [int(feed["count"]) for feed in feeds]
-        self.rows = [i * self.counts[0] - int(feed["first"]) for i, feed in enumerate(feeds)]
-
-    def results(self) -> tuple[dict[str, np.ndarray], Any, Any]:
-        """Of the first `STEPS` steps: metric -> its mean at each; parameters; other collections. To be called first."""
-        packed: list[np.ndarray] = []
-        while self.step < STEPS:
-            count = min(self.counts[self.number], STEPS - self.step)
-            packed += list(self.way.read(self.dispatch(count)))[:count]
-        pairs = dict(zip(self.way.names, np.stack(packed, axis=1).astype(np.float64), strict=True))
-        means = {name: pair[:, 0] / pair[:, 1] for name, pair in pairs.items()}
-        return means, self.way.read(self.state.params), self.way.read(self.state.extra)
-
-    def dispatch(self, count: int | None = None) -> jax.Array:
-        """Make the steps of one dispatch, or `count` of them; their metrics, which are not waited for."""
-        which = self.number % len(self.feeds)
-        count = self.counts[which] if count is None else count
-        # The rows of this feed, whatever step the state is at.
-        now = {"count": np.int32(count), "first": np.int32(self.step - self.rows[which])}
-        self.state, packed = self.way.program(self.state, {**self.feeds[which], **self.way.place(now)})
-        self.step, self.number = self.step + count, self.number + 1
-        return packed
+def _made(entry: Entry) -> tuple[Way, float]:
+    """The way of an entry, compiled with an empty cache of programs; and the seconds to compile it with a full one."""
+    with compiling.fresh_cache():
+        return entry.make(entry.job), entry.make(entry.job).seconds.compile
 
 
-def measure(runs: Mapping[str, Run], seconds: float) -> dict[str, list[list[float]]]:
-    """Seconds of a step, by way, turn and dispatch.
-
-    Args:
-      runs: name -> run.
-      seconds: for each of them, all turns together.
-    """
-    times: dict[str, list[list[float]]] = {name: [] for name in runs}
-    for turn in range(TURNS):
-        for name in list(runs)[:: -1 if turn % 2 else 1]:
-            times[name].append(_turn(runs[name], seconds / TURNS))
-    return times
-
-
-def _turn(run: Run, seconds: float) -> list[float]:
-    """As the loop does it: a dispatch is waited for when the next one has been submitted."""
-    before, then = run.dispatch(), time.perf_counter()
-    found: list[float] = []
-    while len(found) < SETTLED + SHORTEST or sum(found[SETTLED:]) < seconds:
-        first, packed = run.step, run.dispatch()
-        jax.block_until_ready(before)
-        now = time.perf_counter()
-        found.append(now - then)
-        before, then, steps = packed, now, run.step - first
-    jax.block_until_ready(before)
-    return [spent / steps for spent in found[SETTLED:]]
-
-
-def _times(turns: Sequence[Sequence[float]], first: Sequence[Sequence[float]]) -> dict[str, Any]:
-    found = [seconds for turn in turns for seconds in turn]
-    ratios = (statistics.median(a) / statistics.median(b) for a, b in zip(turns, first))
+def _described(entry: Entry) -> dict[str, Any]:
     return {
-        "step_ms": round(1e3 * statistics.median(found), 4),
-        "p95_ms": round(1e3 * float(np.percentile(found, 95)), 4),
-        "ratio": round(statistics.median(ratios), 3),
-        "dispatches": len(found),
-        "turns": len(turns),
+        "name": entry.name,
+        "data": entry.job.source.name,
+        "batch_size": entry.job.train.batch_size,
+        "mesh": sharding.describe(entry.job.mesh),
+        "platform": entry.job.mesh.devices.flat[0].platform,
+        "steps_per_dispatch": entry.job.cadence.steps_per_dispatch,
+        "by_design": [],
+        "agreement": [],
     }
 
 
-def _difference(results: tuple[Any, ...], others: tuple[Any, ...], rounding: float) -> dict[str, Any]:
-    (means, *trees), (other_means, *other_trees) = results, others
-    found = {
-        name: float(np.max(np.abs(means[name] - other_means[name]) / np.abs(other_means[name])))
-        for name in ("loss", "grad_norm")
-    }
-    for name, tree, other in zip(("params", "extra"), trees, other_trees):
-        found[name] = _norm(jax.tree.map(np.subtract, tree, other)) / (_norm(other) or 1.0)
-    return {"steps": STEPS, **found, "equal": max(found.values()) <= rounding}
-
-
-def _norm(tree: Any) -> float:
-    return math.sqrt(sum(float(np.square(x, dtype=np.float64).sum()) for x in jax.tree.leaves(tree)))
-
-
-def _feeds(job: Job) -> list[dict[str, Any]]:
-    """Of the first `STEPS` dispatches, on the host."""
-    most = job.cadence.steps_per_dispatch
-    plan = [(number * most, most) for number in range(STEPS)]
-    with contextlib.closing(job.train.dispatches(job.seed, plan, most)) as feeds:
-        return [jax.device_get(feed) for feed in feeds]
+def _add_agreement(
+    config: Mapping[str, Any],
+    entries: Sequence[Entry],
+    results: Mapping[str, tuple[Any, ...]],
+    rows: Mapping[str, dict[str, Any]],
+    devices: Sequence[jax.Device],
+) -> None:
+    """Hold the ways against the first of them, and where they differ by design also against the parts in turn."""
+    compared = [entry for entry in entries if entry.name.partition(" (")[0] in ways.WAYS]
+    first, job = compared[0].name, compared[0].job
+    reasons, others = ways.by_design(job), {first: results[first]}
+    if reasons:
+        one = assemble({**config, "mesh": {"data": 1}}, devices[:1])
+        others[agreement.IN_TURN] = Run(ways.in_turn(one, len(devices)), first_feeds(one)).results(whole=True)
+    for entry in compared:
+        rows[entry.name]["by_design"] = reasons
+        rows[entry.name]["agreement"] = [
+            agreement.difference(results[entry.name], result, job.policy.compute) | {"against": other}
+            for other, result in others.items()
+            if other != entry.name and not (other == agreement.IN_TURN and entry.make is ways.jit)
+        ]

@@ -33,12 +33,15 @@ class Collective:
       bytes: of the whole buffer on one device, each time: of what an all-gather gives, and of what others are given. Of
         this a ring of n devices sends (n - 1) / n, and twice that for an all-reduce.
       groups: positions in the mesh of the devices that take part together; () where the text does not tell.
+      op: of the traced program that it is for, such as "jit(step)/transpose(jvp(Net))/blocks/mlp/up/dot_general"; ""
+        where the text does not tell.
     """
 
     kind: str
     count: int
     bytes: int
     groups: Groups
+    op: str = ""
 
 
 def collectives(text: str) -> tuple[list[Collective], list[str]]:
@@ -118,7 +121,8 @@ def _collective(instruction: Instruction, home: Computation, times: int, devices
     size = sum(hlo.size_of(home.instructions[name].result) for name in instruction.operands)
     if kind == "all-gather":
         size *= len(groups[0]) if groups else devices
-    return Collective(kind, times, size, groups)
+    op = re.search(r'\bop_name="([^"]*)"', instruction.rest)
+    return Collective(kind, times, size, groups, op[1] if op else "")
 
 
 def _groups(rest: str, devices: int) -> Groups:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from flaxmodels import sharding
 from flaxmodels.console import human_bytes
 from flaxmodels.job import Job
-from flaxmodels.memory import DoesNotFitError, Memory, of_step, on_a_device, too_large
+from flaxmodels.memory import DoesNotFitError, Memory, known, of_step, on_a_device, too_large
 from flaxmodels.perf import collectives
 from flaxmodels.perf.collectives import TRANSFER, Groups
 
@@ -121,6 +121,24 @@ def report(compiled: jax.stages.Compiled, job: Job) -> Report:
     """
     rows, notes = _collectives(compiled, job.mesh)
     return Report(sharding.describe(job.mesh), of_step(compiled, job), rows, notes)
+
+
+def refused(error: DoesNotFitError, job: Job) -> Memory:
+    """What a train step would take that the compiler refused as too large, as far as that is known.
+
+    The compiler says what it needs in all, and shardings say what its arguments are: the rest counts as temporaries.
+    """
+    arguments = known(job)
+    held = sum(arguments.values())
+    peak = max(error.needed or 0, held)
+    return Memory(
+        **arguments,
+        temporaries=peak - held,
+        outputs=0,
+        donated=on_a_device(job.abstract),
+        peak=peak,
+        limit=error.limit,
+    )
 
 
 def _collectives(compiled: jax.stages.Compiled, mesh: Mesh) -> tuple[tuple[Row, ...], tuple[str, ...]]:

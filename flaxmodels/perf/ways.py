@@ -6,7 +6,6 @@ the gradient of its own examples, and what `train_step` divides is the sum over 
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 from flaxmodels import sharding, step
 from flaxmodels.job import Job
 from flaxmodels.metrics import Metrics
+from flaxmodels.perf import compiling
+from flaxmodels.perf.compiling import Seconds
 from flaxmodels.registry import UserError
 from flaxmodels.step import Batch, Gradient
 
@@ -33,37 +34,40 @@ class Way:
 
     Attributes:
       program: (state, feed) -> (state, packed metrics), as `Job.lower_train` has it; donates the state.
-      state: to start from.
+      start: () -> a state to start from.
       place: a feed, or some keys of one, on the host -> as the program takes it.
       read: a result of the program -> on the host, as a run has it.
       names: of the packed metrics.
-      seconds: that lowering and compiling took.
+      seconds: that tracing, lowering and compiling took.
     """
 
-    program: Callable[[Any, Any], tuple[Any, Any]]
-    state: Any
+    program: jax.stages.Compiled
+    start: Callable[[], Any]
     place: Callable[[dict[str, Any]], dict[str, Any]]
     read: Callable[[Any], Any]
     names: Sequence[str]
-    seconds: float
+    seconds: Seconds
 
 
 def jit(job: Job) -> Way:
     """What a run does: `jax.jit` of a program for one device, over sharded arrays. The compiler adds collectives."""
-    begun = time.perf_counter()
-    lowered, names = job.lower_train()
-    return _way(job, lowered, names, begun)
+    names: list[str] = []
+
+    def lower() -> jax.stages.Lowered:
+        lowered, names[:] = job.lower_train()
+        return lowered
+
+    return _way(job, lower, names)
 
 
 def shard_map(job: Job) -> Way:
     """`jax.shard_map` of the update, with `psum` over the batch axes of the mesh."""
-    begun = time.perf_counter()
     program, names = job.update(partial(summed, axis=sharding.BATCH_AXES))
     feed = job.train.abstract_dispatch(job.cadence.steps_per_dispatch)
     specs = jax.tree.map(lambda x: x.sharding.spec, feed)
     # Unchecked, as pmap is: with check_vma=True the gradient of what all devices share comes out summed already.
     spread = jax.shard_map(program, mesh=job.mesh, in_specs=(P(), specs), out_specs=P(), check_vma=False)
-    return _way(job, jax.jit(spread, donate_argnums=0).lower(job.abstract, feed), names, begun)
+    return _way(job, lambda: jax.jit(spread, donate_argnums=0).lower(job.abstract, feed), names)
 
 
 def pmap(job: Job) -> Way:
@@ -74,7 +78,6 @@ def pmap(job: Job) -> Way:
     """
     if not hasattr(jax, "pmap"):
         raise UserError(f"jax {jax.__version__} has no pmap any more: leave it out, --compare=jit,shard_map.")
-    begun = time.perf_counter()
     devices = list(job.mesh.devices.flat)
     count, where = len(devices), NamedSharding(Mesh(np.array(devices), (AXIS,)), P(AXIS))
     program, names = job.update(partial(summed, axis=AXIS))
@@ -91,10 +94,11 @@ def pmap(job: Job) -> Way:
     feed = job.train.abstract_dispatch(job.cadence.steps_per_dispatch)
     shapes = jax.tree.map(_shape, (jax.tree.map(copied, _blank(job.abstract)), stacked(_blank(feed))))
     mapped = jax.pmap(program, axis_name=AXIS, devices=devices, donate_argnums=0)
+    compiled, seconds = compiling.timed(lambda: mapped.lower(*shapes))
     return Way(
-        program=mapped.lower(*shapes).compile(),
-        seconds=time.perf_counter() - begun,
-        state=jax.device_put(jax.tree.map(copied, jax.device_get(job.fresh())), where),
+        program=compiled,
+        seconds=seconds,
+        start=lambda: jax.device_put(jax.tree.map(copied, jax.device_get(job.fresh())), where),
         place=lambda feed: jax.device_put(stacked(feed), where),
         read=lambda tree: jax.tree.map(lambda x: x[0], jax.device_get(tree)),
         names=names,
@@ -110,10 +114,9 @@ def in_turn(job: Job, parts: int) -> Way:
       job: on one device.
       parts: of a batch.
     """
-    begun = time.perf_counter()
     program, names = job.update(partial(_summed_in_turn, parts=parts))
     feed = job.train.abstract_dispatch(job.cadence.steps_per_dispatch)
-    return _way(job, jax.jit(program, donate_argnums=0).lower(job.abstract, feed), names, begun)
+    return _way(job, lambda: jax.jit(program, donate_argnums=0).lower(job.abstract, feed), names)
 
 
 WAYS: Mapping[str, Callable[[Job], Way]] = {"jit": jit, "shard_map": shard_map, "pmap": pmap}
@@ -181,12 +184,12 @@ def _shape(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _way(job: Job, lowered: jax.stages.Lowered, names: Sequence[str], begun: float) -> Way:
+def _way(job: Job, lower: Callable[[], jax.stages.Lowered], names: Sequence[str]) -> Way:
     """A way whose arrays lie as those of a run."""
-    program, seconds = lowered.compile(), time.perf_counter() - begun
+    program, seconds = compiling.timed(lower)
     where = jax.tree.map(lambda x: x.sharding, job.train.abstract_dispatch(job.cadence.steps_per_dispatch))
 
     def place(feed: dict[str, Any]) -> dict[str, Any]:
         return {key: jax.device_put(value, where[key]) for key, value in feed.items()}
 
-    return Way(program, job.fresh(), place, jax.device_get, names, seconds)
+    return Way(program, job.fresh, place, jax.device_get, names, seconds)

@@ -146,7 +146,7 @@ sys.exit(train.main(sys.argv[1:]))
     ("topology", "moment"),
     [
         pytest.param(T1, "commit 36", marks=slow),
-        pytest.param(T1, "commit 60", marks=slow),
+        pytest.param(T1, "commit 60", marks=nightly),
         *(
             pytest.param(T1, moment, marks=nightly)
             for moment in ("commit 9", "before 27", "line 27", "before 36", "line 36", "line 60", "curves 60")

@@ -128,7 +128,7 @@ def test_f24_many(tmp_path, figures, count):
     figures("F24", injected=count, skipped=count, non_finite=0)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_f24_in_two_processes(tmp_path, figures):
     """All leave out the same batches, write one capsule, and end with the same state."""
     flags = [f"--config.data.bad={examples(4, 9)}", "--config.train.duration=12"]

@@ -417,7 +417,7 @@ def child(pid):
 
 @pytest.mark.parametrize(
     "topology",
-    [pytest.param(T1, marks=pytest.mark.slow, id="T1"), pytest.param(T2x4, marks=pytest.mark.nightly, id="T2x4")],
+    [pytest.param(T1, marks=pytest.mark.nightly, id="T1"), pytest.param(T2x4, marks=pytest.mark.nightly, id="T2x4")],
 )
 def test_f14_a_supervisor_starts_the_group_again(tmp_path, whole, figures, topology):
     """kill -9 of the last child of the group; all restart, and end exactly as without."""
