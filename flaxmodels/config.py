@@ -154,8 +154,8 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     *sections, last = key.split(".")
     node: Any = config
     for i, section in enumerate(sections):
-        if section not in node:
-            with node.unlocked():
+        if section not in node or (section == "mesh" and node[section] == "auto"):  # "auto" is no word on the mesh
+            with node.unlocked(), node.ignore_type():
                 node[section] = ConfigDict()
         node = node[section]
         if not isinstance(node, ConfigDict):

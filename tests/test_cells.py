@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import types
 
 import jax
 import pytest
 import small
 
 from flaxmodels import hardware, job
-from flaxmodels.perf import cache, cells, chips, compiled
+from flaxmodels.perf import cache, cells, chips, compiled, count
 from flaxmodels.perf.cells import Target
 from flaxmodels.registry import UserError
 
@@ -65,6 +66,12 @@ def test_targets():
 def test_names_that_stand_for_nothing(name, said):
     with pytest.raises(UserError, match=said):
         cells.targets([name])
+
+
+@pytest.mark.parametrize("other", ["cpu", "gpu", "tpu"])
+def test_simulated_devices_beside_those_at_hand_are_refused(other):
+    with pytest.raises(UserError, match=f"does not find those of '{other}': plan them in two calls"):
+        cells.targets([other, "cpu:8"])
 
 
 def test_changes():
@@ -154,6 +161,30 @@ def test_what_the_compiler_refuses_as_too_large(monkeypatch, two):
     assert cells.cell(config(), two) == cell
 
 
+def test_temporaries_that_are_too_large_alone_leave_no_room_for_arguments(monkeypatch, two):
+    said = "it needs 5.0 MB on each for temporaries alone, which has 1.0 MB"
+    refusing(monkeypatch, compiled.DoesNotFitError(said, 5_000_000, 1_000_000))
+    memory = cells.cell(config(), two).memory
+    assert memory.temporaries == 5_000_000 and memory.peak == 5_000_000 + memory.state + memory.batch + memory.data
+
+
+def test_a_kernel_that_lacks_memory_is_refused(monkeypatch, two):
+    """That memory is not a device's, which the compiler would say: a smaller batch may not help. It is not kept."""
+    refusing(monkeypatch, compiled.DoesNotFitError("Ran out of memory in memory space vmem", None, 2**30))
+    cell = cells.cell(config(), two)
+    assert "memory space vmem" in cell.refusal and cell.memory is None and not cell.fits
+    refusing(monkeypatch, compiled.DoesNotFitError("too large", 5_000_000, 1_000_000))
+    assert not cells.cell(config(), two).refusal
+
+
+def test_what_was_not_counted_is_said(monkeypatch, two):
+    refusing(monkeypatch, compiled.DoesNotFitError("too large", 5_000_000, 1_000_000))
+    counted = count.of_job(job.assemble(config(), two.devices))
+    unsure = dataclasses.replace(counted, hardware=dataclasses.replace(counted.hardware, notes=("not counted", "x")))
+    monkeypatch.setattr(count, "of_job", lambda made: unsure)
+    assert cells.cell(config(), two).notes == ("not counted", "x")
+
+
 def test_a_compiler_that_fails(monkeypatch, two):
     refusing(monkeypatch, jax.errors.JaxRuntimeError("INTERNAL: a bug\nand more"))
     cell = cells.cell(config(), two)
@@ -224,11 +255,27 @@ def test_all_that_a_result_follows_from_is_in_its_key(two):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cache, name, lambda *_, value=value: value)
             others.append(key())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hardware, "memory", lambda device: 2**30)
+        others.append(key())
     with jax.default_matmul_precision("highest"):
         others.append(key())
     assert len({base, *others}) == 1 + len(others)
     own = config() | {"model": {"name": "small:Ordinary"}}, config() | {"loss": {"name": len}}
     assert [cache.config_key(one, "cpu:2", two.devices, {}) for one in own] == [None, None]
+
+
+def test_data_are_looked_at_again_when_asked(two, monkeypatch):
+    def key():
+        return cache.config_key(config(), "cpu:2", two.devices, {})
+
+    before, load = key(), cache.data.load
+    other = types.SimpleNamespace(load=lambda **options: load(**options | {"seed": 7}))
+    monkeypatch.setattr(cache, "data", other)
+    assert key() == before
+    cache.look_again()
+    assert key() != before
+    cache.look_again()
 
 
 def test_sources_are_those_on_the_disk(tmp_path, monkeypatch):

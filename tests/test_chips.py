@@ -61,8 +61,9 @@ def test_one_that_is_not_known_is_refused_by_name():
 def test_a_dtype_that_the_data_sheet_lacks_is_computed_in_the_next_that_it_has():
     v5e, h100, a100 = (chips.CHIPS[name] for name in ("v5e", "H100", "A100"))
     assert v5e.flops("float16") == v5e.flops("bfloat16") == 197e12
-    assert v5e.flops("float8_e4m3fn") == v5e.flops("uint8") == v5e.peak["int8"]
-    assert h100.flops("float8_e5m2") == h100.peak["float8"] and a100.flops("float8_e5m2") == a100.peak["int8"]
+    assert v5e.flops("float8_e4m3fn") == 197e12 and v5e.flops("uint8") == v5e.peak["int8"] == 393e12
+    assert h100.flops("float8_e5m2") == h100.peak["float8"] and a100.flops("float8_e5m2") == a100.peak["bfloat16"]
+    assert chips.CHIPS["tpu7x"].flops("int8") == chips.CHIPS["tpu7x"].peak["bfloat16"]
     assert h100.flops("float64") == h100.peak["float32 highest"] == min(h100.peak.values())
 
 
@@ -123,7 +124,9 @@ def test_prices_of_ones_own_override_each_by_itself(tmp_path):
     path = tmp_path / "prices.toml"
     path.write_text("[v5e]\nspot = 0.1\n[cpu]\non_demand = 0.05\ndate = 2027-01-01\n")
     found, ours = chips.price("v5e", path), chips.price("v5e")
-    assert found == dataclasses.replace(ours, spot=0.1) and chips.price("v4", str(path)) == chips.price("v4")
+    assert found == dataclasses.replace(ours, spot=0.1) and ours.date
+    assert chips.price("v5e", path, spot=True) == dataclasses.replace(found, date="", source=""), "not of our date"
+    assert chips.price("v4", str(path)) == chips.price("v4")
     assert chips.price("cpu", path) == chips.Price(on_demand=0.05, date="2027-01-01")
 
 

@@ -284,3 +284,9 @@ def test_the_data_section_is_split():
     ours, theirs = sections.split_data({"name": "digits", "batch_size": 64, "data_dir": "/x"})
     assert (ours["batch_size"], ours["eval_batch_size"], ours["placement"]) == (64, 64, "auto")
     assert theirs == {"name": "digits", "data_dir": "/x"}
+
+
+def test_an_axis_may_be_said_where_the_config_leaves_the_mesh_to_us(good):
+    changed = ConfigDict({"mesh": "auto"})
+    config.override(changed, "mesh.fsdp", "2")
+    assert changed.to_dict() == {"mesh": {"fsdp": 2}}

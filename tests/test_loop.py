@@ -147,9 +147,9 @@ def test_nothing_is_sent_in_a_step_and_every_window_is_accounted_for(tmp_path, m
 
 @pytest.mark.slow
 def test_a_run_that_waits_for_its_data_says_so(tmp_path, monkeypatch):
-    """Each batch takes 30 ms to gather, and the step of a small MLP far less."""
+    """Each batch takes 60 ms to gather, and the step of a small MLP far less."""
     gathered = Feed._gathered
-    monkeypatch.setattr(Feed, "_gathered", lambda feed, index: time.sleep(0.03) or gathered(feed, index))
+    monkeypatch.setattr(Feed, "_gathered", lambda feed, index: time.sleep(0.06) or gathered(feed, index))
     stream = io.StringIO()
     config = small_config(train=dict(duration=60, eval_every=0, steps_per_dispatch=1), checkpoint=dict(every=0))
     config["data"] |= {"placement": "host", "eval_batch_size": 256}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -128,8 +129,10 @@ def test_a_peer_that_ends_says_why(tmp_path):
 
 def test_a_peer_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(process, "SET_UP", 0.2)
-    with python("import time; time.sleep(1000)", tmp_path) as peer, pytest.raises(FaultError, match="did not answer"):
-        peer.ready()
+    with python("import time; time.sleep(1000)", tmp_path) as peer:
+        with pytest.raises(FaultError, match="did not answer"):
+            peer.ready()
+        assert peer._process.wait(5) == -signal.SIGKILL, "it would take the time of others"
 
 
 def test_each_has_an_environment_of_its_own(tmp_path, monkeypatch):

@@ -72,26 +72,58 @@ def test_the_largest_batch_takes_what_is_left():
     assert plan.estimated_batch(REFUSED, 1) is None
 
 
-def test_a_mesh_for_other_devices_becomes_auto(machines):
+def test_a_mesh_for_other_devices_becomes_auto(machines, monkeypatch):
     known, asked = machines
     known["v5e:2x2", False] = dataclasses.replace(REFUSED, refusal="mesh: data=1 x fsdp=16 ... is 16 devices")
     known["v5e:2x2", True] = FITS
+    looked = []
+    monkeypatch.setattr(plan.cache, "look_again", lambda: looked.append(len(asked)))
     (row,) = plan.plan({"mesh": {"fsdp": 16}}, [target()])
+    assert looked == [0], "data may have changed since another plan of this process"
     assert asked == [("v5e:2x2", {}), ("v5e:2x2", {"mesh": "auto"})] and row.cell.fits and row.chips == 4
     assert "this is --config.mesh=auto" in "\n".join(plan_show.lines([row]))
+
+
+def test_what_is_found_from_auto_is_told_as_changes_of_the_config_itself(machines, monkeypatch):
+    """Whose mesh, of eight and in two slices, is on no command line replaced by a key or two."""
+    known, _ = machines
+    said = "mesh.num_slices=2, but the number of slices that these 4 devices form is 1"
+    known["v5e:2x2", False] = dataclasses.replace(REFUSED, refusal=said)
+    known["v5e:2x2", True] = LARGE
+    axes = {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    fixed = dataclasses.replace(FITS, mesh=axes, changes={"data.placement": "host", "mesh.fsdp": 2})
+    monkeypatch.setattr(remedies, "smallest_change", lambda config, target, **_: (fixed.changes, fixed))
+    monkeypatch.setattr(searching, "search", lambda *_, **__: [fixed, REFUSED])
+    monkeypatch.setattr(searching, "largest_batch", lambda *_: 64)
+    (row,) = plan.plan({"mesh": {"data": 8, "num_slices": 2}}, [target()], search=True)
+    changes = {f"mesh.{axis}": size for axis, size in axes.items()}
+    assert row.remedy.changes == changes | {"mesh.num_slices": None, "data.placement": "host"}
+    assert row.best == row.remedy and row.ranked[1] == REFUSED
+    found = cells.changed({"mesh": {"data": 8, "num_slices": 2}}, row.remedy.changes)
+    assert found == {"mesh": {**axes, "num_slices": None}, "data": {"placement": "host"}}
+
+
+@pytest.mark.parametrize(
+    "refusal", ["mesh.fdsp=2: unknown key", "mesh.fsdp=0: expected", "mesh.num_slices=0: expected", "mesh='atuo'"]
+)
+def test_a_mistake_in_the_mesh_stays_one(machines, refusal):
+    known, asked = machines
+    known["v5e:2x2", False] = dataclasses.replace(REFUSED, refusal=refusal)
+    (row,) = plan.plan({}, [target()])
+    assert row.cell.refusal == refusal and len(asked) == 1
 
 
 def test_what_does_not_fit_has_a_remedy(machines, monkeypatch):
     known, _ = machines
     known["v5e:2x2", False] = LARGE
     fixed = dataclasses.replace(FITS, changes={"model.remat": "dots"})
-    monkeypatch.setattr(remedies, "smallest_change", lambda config, target: (fixed.changes, fixed))
+    monkeypatch.setattr(remedies, "smallest_change", lambda config, target, **_: (fixed.changes, fixed))
     (row,) = plan.plan({}, [target()])
     assert row.remedy == fixed and row.best == fixed
     text = "\n".join(plan_show.lines([row]))
     assert "needs 20.0 GiB of each device, which has 16.0 GiB; it fits with --config.model.remat=dots: 8.0 GiB" in text
     assert re.search(r"left of a device +-4.0 GiB", text) and re.search(r"fits +no\n", text)
-    monkeypatch.setattr(remedies, "smallest_change", lambda config, target: None)
+    monkeypatch.setattr(remedies, "smallest_change", lambda config, target, **_: None)
     assert "none of the changes that were tried fits" in "\n".join(plan_show.lines(plan.plan({}, [target()])))
 
 
@@ -116,6 +148,13 @@ def test_a_search(machines, monkeypatch):
     ]
     text = "\n".join(plan_show.lines([row]))
     assert "best of 2 that were compiled: --config.mesh.fsdp=4" in text and re.search(r"largest batch +256\n", text)
+    larger = dataclasses.replace(FITS, changes={"data.batch_size": 128})
+    row = dataclasses.replace(row, ranked=(larger, better, FITS))
+    text = "\n".join(plan_show.lines([row]))
+    assert row.best == better, "another batch is another run"
+    assert "compiled: --config.mesh.fsdp=4\n" in text and "learns differently: --config.data.batch_size=128\n" in text
+    assert dataclasses.replace(row, ranked=(larger, LARGE)).best == larger
+    text = text.replace("of 3", "of 2")
     assert "~" not in text and re.search(r"best found +of 2\n +mesh: fsdp +4\n", text)
 
 
@@ -126,6 +165,7 @@ def test_prices_of_ones_own(machines, tmp_path):
     file.write_text("[v5e]\non_demand = 10\n")
     (row,) = plan.plan({}, [target()], prices=file)
     assert row.price.on_demand == 10 and row.usd(FITS) == pytest.approx(40 * row.hours(FITS))
+    assert "prices: on demand, v5e of your file;" in "\n".join(plan_show.lines([row]))
     with pytest.raises(UserError, match=r"nothing\.toml"):
         plan.plan({}, [target()], prices=tmp_path / "nothing.toml")
 

@@ -71,6 +71,10 @@ class Machine:
         return made(config, devices, changes, *self.of, **self.options)
 
 
+def meshes(config, devices):
+    return [layout.axes for layout in levers.layouts(levers.look(config, devices), devices)]
+
+
 def test_each_mesh_is_one_that_a_job_can_have():
     config = small.config("mlp", data=dict(batch_size=8192))
     seen = levers.look(config, target())
@@ -99,7 +103,7 @@ def test_a_mesh_that_sharding_refuses_is_no_candidate(sections, wrong):
     config = small.config("mlp", **sections)
     if "optim" in sections:  # nothing that tensor divides
         config["model"] = dict(name="mlp", hidden=(63,))
-    found = search.meshes(config, target())
+    found = meshes(config, target())
     assert found and not any(wrong(axes) for axes in found)
     for axes in ({"data": 8, "fsdp": 1}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 4}):
         if wrong({**axes, "sequence": 1, "tensor": 1}):
@@ -109,11 +113,11 @@ def test_a_mesh_that_sharding_refuses_is_no_candidate(sections, wrong):
 
 @pytest.mark.slow
 def test_sequence_is_split_where_the_model_says_so_and_the_length_divides():
-    found = search.meshes(small.config("transformer"), target(4))
+    found = meshes(small.config("transformer"), target(4))
     assert {axes["sequence"] for axes in found} == {1, 2, 4} and {axes["tensor"] for axes in found} == {1, 2}
-    odd = search.meshes(small.config("transformer", data=dict(length=62)), target(4))
+    odd = meshes(small.config("transformer", data=dict(length=62)), target(4))
     assert {axes["sequence"] for axes in odd} == {1, 2}
-    assert {axes["sequence"] for axes in search.meshes(small.config("cnn"), target(4))} == {1}
+    assert {axes["sequence"] for axes in meshes(small.config("cnn"), target(4))} == {1}
 
 
 def test_the_changes_of_a_mesh_are_as_few_as_will_do():

@@ -174,8 +174,9 @@ def test_a_run_makes_the_first_steps_and_goes_round(placement):
 # Energy
 
 
-def zone(folder, name, now, largest):
+def zone(folder, name, now, largest, of="package-0"):
     (folder / name).mkdir(exist_ok=True)
+    (folder / name / "name").write_text(f"{of}\n")
     (folder / name / "energy_uj").write_text(f"{now}\n")
     (folder / name / "max_energy_range_uj").write_text(f"{largest}\n")
 
@@ -183,8 +184,10 @@ def zone(folder, name, now, largest):
 def test_packages_are_added_up_and_begin_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "POWERCAP", tmp_path)
     assert energy.counter("cpu") == (None, f"energy can't be read: there is no counter in {tmp_path}")
+    zone(tmp_path, "intel-rapl:2", 7, 9_999_999, "psys")  # the packages, and what is around them
+    assert energy.counter("cpu") == (None, f"energy can't be read: there is no counter in {tmp_path}")
     zone(tmp_path, "intel-rapl:0", 9_000_000, 9_999_999)
-    zone(tmp_path, "intel-rapl:0:0", 5, 9_999_999)  # cores: part of the package
+    zone(tmp_path, "intel-rapl:0:0", 5, 9_999_999, "core")  # part of the package
     zone(tmp_path, "intel-rapl:1", 1_000_000, 9_999_999)
     read, said = energy.counter("cpu")
     assert said == "energy of 2 processor packages, all that runs on them (RAPL)" and read() == 0

@@ -35,6 +35,7 @@ def achieved(job: Job, program: jax.stages.Compiled, seconds: float) -> dict[str
         **dict.fromkeys(("chip", "mfu", "roofline_ms", "roofline_fraction", "bound", "compiled_bytes")),
     }
     step = count.of_job(job)
+    notes += step.hardware.notes
     flops = math.fsum(step.model.flops.values())
     found |= {"model_flops": flops, "flops_per_second": flops / seconds}
     try:

@@ -34,7 +34,7 @@ def difference(results: tuple[Any, ...], others: tuple[Any, ...], compute: str) 
     }
     for name, tree, other in zip(("params", "extra"), trees, other_trees):
         found[name] = _norm(jax.tree.map(np.subtract, tree, other)) / (_norm(other) or 1.0)
-    return {"steps": STEPS, **found, "equal": max(found.values()) <= ROUNDING[compute]}
+    return {"steps": STEPS, **found, "equal": all(value <= ROUNDING[compute] for value in found.values())}
 
 
 def agree(rows: Sequence[Mapping[str, Any]]) -> bool:

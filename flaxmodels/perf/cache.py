@@ -107,11 +107,17 @@ def _data(options: str) -> list[Any]:
     return [source.fingerprint, source.train.size, source.test.size, source.tokens_per_example, source.nbytes]
 
 
+def look_again() -> None:
+    """Read data anew for the next key: they may have changed since the last one."""
+    _data.cache_clear()
+
+
 def _compiler(devices: Sequence[jax.Device]) -> list[Any]:
     """The compiler of some devices, and what it goes by beside the program."""
     client = devices[0].client
     flags = {name: os.environ.get(name) for name in FLAGS}
-    return [devices[0].device_kind, len(devices), client.platform_version, platform.machine(), versions(), flags]
+    kind, memory = devices[0].device_kind, hardware.memory(devices[0])
+    return [kind, len(devices), client.platform_version, platform.machine(), versions(), flags, memory]
 
 
 @functools.cache

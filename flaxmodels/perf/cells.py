@@ -25,6 +25,8 @@ from flaxmodels.runtime.exits import FaultError
 
 # Where what was found is kept.
 CELLS, PROGRAMS = "cells", "programs"
+# Names of the devices at hand.
+HERE = ("cpu", "gpu", "tpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,12 +121,18 @@ def targets(names: Sequence[str]) -> list[Target]:
     """The devices that names stand for; to be called before JAX starts, where some are simulated.
 
     Raises:
-      UserError: there are no such devices, or what compiles for them is not installed.
+      UserError: there are no such devices, or what compiles for them is not installed; or simulated devices stand
+        beside those at hand.
     """
     if any(name.partition(":")[0] in gpus.GPUS for name in names):
         gpus.prepare()
     simulated = [_simulated(name) for name in names if name.startswith("cpu:")]
     if simulated:
+        if beside := [name for name in names if name in HERE]:
+            raise UserError(
+                f"topologies {', '.join(map(repr, names))}: where JAX simulates devices, it does not find those of "
+                f"{beside[0]!r}: plan them in two calls."
+            )
         meshes.simulated(max(simulated))
     return [_target(name) for name in names]
 
@@ -133,7 +141,7 @@ def _target(name: str) -> Target:
     topology, several, slices = name.partition("*")
     if name.startswith("cpu:"):
         devices = meshes.simulated(_simulated(name))
-    elif name in ("cpu", "gpu", "tpu"):
+    elif name in HERE:
         devices = meshes.find_devices(name)
     elif name.partition(":")[0] in gpus.GPUS:
         devices = gpus.devices(name)
@@ -204,7 +212,8 @@ def _made(config: Mapping[str, Any], target: Target, changes: dict[str, Any]) ->
         fits=fits, over=over,
         flops=sum(counted.model.flops.values()), bytes=counted.hardware.bytes, collectives=rows,
         roofline=roofline(counted.hardware, counted.model, rows, chip, made.mesh, examples, tokens) if fits else None,
-        steps=made.total_steps, tokens=tokens, compile_seconds=program["seconds"], notes=tuple(program["notes"]),
+        steps=made.total_steps, tokens=tokens, compile_seconds=program["seconds"],
+        notes=tuple(dict.fromkeys((*program["notes"], *counted.hardware.notes))),
     )  # fmt: skip
 
 
@@ -229,6 +238,7 @@ def _program(made: Job) -> dict[str, Any]:
 
     Raises:
       UserError: the compiler would get its gradients wrong on this mesh.
+      DoesNotFitError: the compiler lacks memory, and does not say that it is that of the devices.
       FaultError: the compiler fails, or says nothing.
     """
     lowered, _ = made.lower_train()
@@ -241,6 +251,8 @@ def _program(made: Job) -> dict[str, Any]:
         report = compiled.report(program, made)
         memory, rows, notes = report.memory, report.collectives, report.notes
     except DoesNotFitError as error:
+        if error.needed is None:  # not of a device's memory, but of a kernel's, say: another config may not help
+            raise
         fits, memory = False, compiled.refused(error, made)
     except jax.errors.JaxRuntimeError as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

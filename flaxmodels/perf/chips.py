@@ -57,13 +57,11 @@ class Chip:
     def flops(self, dtype: str) -> float:
         """FLOP/s of matrix products of a dtype; of one that the data sheet leaves out, those of the next that it has.
 
-        That is, of what the values would be computed in: float8 and integers in int8 or else in bfloat16, float16 in
-        bfloat16, anything else as slowly as anything is.
+        That is, of what the values would be computed in: narrow integers in int8 or else in bfloat16, float8 and
+        float16 in bfloat16, anything else as slowly as anything is.
         """
-        narrow = ("float8", "int8", "bfloat16")
         kind = "float8" if dtype.startswith("float8") else "int8" if dtype in ("uint8", "int4", "uint4") else dtype
-        tried = (kind, *narrow[narrow.index(kind) + 1 :]) if kind in narrow else (kind,)
-        tried = (*tried, "bfloat16") if kind == "float16" else tried
+        tried = (kind, "bfloat16") if kind in ("float8", "int8", "float16") else (kind,)
         return next((self.peak[name] for name in tried if name in self.peak), min(self.peak.values()))
 
 
@@ -195,17 +193,21 @@ class Price:
     source: str = ""
 
 
-def price(name: str, path: str | Path | None = None) -> Price:
+def price(name: str, path: str | Path | None = None, spot: bool = False) -> Price:
     """What a chip costs by `prices.toml`, and where a file of the user's own says otherwise, by that.
 
     Args:
       name: of a chip, as in `CHIPS`; one that no file names has no price.
-      path: a TOML file, a table a chip: `[v5e]`, `on_demand = 1.1`. What it leaves out is taken from ours.
+      path: a TOML file, a table a chip: `[v5e]`, `on_demand = 1.1`. What it leaves out is taken from ours; the
+        date is not, where the price that counts is its own.
+      spot: count the price of machines that the owner may take back.
 
     Raises:
       UserError: the file can't be read, or has a chip or a key that there is not.
     """
-    return Price(**prices(PRICES).get(name, {}) | (prices(Path(path)).get(name, {}) if path else {}))
+    own = prices(Path(path)).get(name, {}) if path else {}
+    undated = {"date": "", "source": ""} if ("spot" if spot else "on_demand") in own and "date" not in own else {}
+    return Price(**prices(PRICES).get(name, {}) | undated | own)
 
 
 def prices(path: Path) -> dict[str, dict[str, Any]]:

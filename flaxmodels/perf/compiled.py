@@ -127,10 +127,11 @@ def refused(error: DoesNotFitError, job: Job) -> Memory:
     """What a train step would take that the compiler refused as too large, as far as that is known.
 
     The compiler says what it needs in all, and shardings say what its arguments are: the rest counts as temporaries.
+    Or it says what temporaries alone need: arguments come on top.
     """
     arguments = known(job)
-    held = sum(arguments.values())
-    peak = max(error.needed or 0, held)
+    held, needed = sum(arguments.values()), error.needed or 0
+    peak = held + needed if "for temporaries alone" in str(error) else max(needed, held)
     return Memory(
         **arguments,
         temporaries=peak - held,

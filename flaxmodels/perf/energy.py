@@ -29,15 +29,16 @@ def counter(platform: str) -> tuple[Counter | None, str]:
 
 def _rapl() -> tuple[Counter | None, str]:
     """https://docs.kernel.org/power/powercap/powercap.html: microjoules of each package, from 0 again after a range."""
-    packages = [zone for zone in sorted(POWERCAP.glob("*-rapl:*")) if zone.name.count(":") == 1]
-    if not packages:
-        return None, f"energy can't be read: there is no counter in {POWERCAP}"
-    files = [(zone / "energy_uj", zone / "max_energy_range_uj") for zone in packages]
-    try:
+    zones = [zone for zone in sorted(POWERCAP.glob("*-rapl:*")) if zone.name.count(":") == 1]
+    try:  # beside packages there may be "psys", which they are part of
+        packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+        files = [(zone / "energy_uj", zone / "max_energy_range_uj") for zone in packages]
         ranges = [int(largest.read_text()) for _, largest in files]
         last = [int(now.read_text()) for now, _ in files]
     except OSError as error:
         return None, f"energy can't be read: {error.filename}: {error.strerror}"
+    if not packages:
+        return None, f"energy can't be read: there is no counter in {POWERCAP}"
     total = 0
 
     def read() -> float:

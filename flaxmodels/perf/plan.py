@@ -6,12 +6,13 @@ that does; and with `search`, the best that was found. `plan_show` prints, store
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flaxmodels.perf import cells, chips, remedies
+from flaxmodels.perf import cache, cells, chips, remedies
 from flaxmodels.perf import search as searching
 from flaxmodels.perf.cells import Cell, Target
 from flaxmodels.perf.chips import Price
@@ -20,6 +21,11 @@ from flaxmodels.perf.chips import Price
 TOPOLOGIES = ("v5e:1x1", "v5e:2x2", "v5e:4x4", "v6e:1x1", "v6e:2x2", "v5p:2x2x1")
 # Where a config asks for axes that these devices don't multiply to.
 AUTO: Mapping[str, Any] = {"mesh": "auto"}
+# What `meshes` says then; what is wrong in the section itself is said otherwise.
+_OTHERS = re.compile(r"mesh: (data=|the slices have )|mesh\.num_slices=\d+(, but| does not divide)")
+
+# After which no compilation is begun that looks for the smallest change.
+SECONDS = 600.0
 
 # Bytes of activations that a TPU may keep on the chip, in whole or in part.
 ON_CHIP = 2**28
@@ -64,7 +70,13 @@ class Row:
     @property
     def best(self) -> Cell:
         """The best that is known to fit; else the config as it is."""
-        return next((cell for cell in (*self.ranked[:1], self.cell, self.remedy) if cell and cell.fits), self.cell)
+        return next((cell for cell in (self.found, self.cell, self.remedy) if cell and cell.fits), self.cell)
+
+    @property
+    def found(self) -> Cell | None:
+        """The best of a search, with the batch of the config, which learns as it did, if any with it fits."""
+        own = (cell for cell in self.ranked if cell.fits and "data.batch_size" not in cell.changes)
+        return next(own, self.ranked[0] if self.ranked else None)
 
     def hours(self, cell: Cell) -> float | None:
         """Of a whole run; None where it does not fit."""
@@ -109,7 +121,8 @@ def plan(
     Raises:
       UserError: the file of prices is wrong.
     """
-    named = [chips.price(target.chip.name, prices) for target in targets]
+    named = [chips.price(target.chip.name, prices, spot) for target in targets]
+    cache.look_again()
     rows = []
     for number, (target, price) in enumerate(zip(targets, named, strict=True), 1):
         told = partial(_told, say, f"[{number}/{len(targets)}] {target.name}")
@@ -131,8 +144,8 @@ def _row(
     say: Callable[[str], None],
 ) -> Row:
     say("the config as it is")
-    cell = cells.cell(config, target)
-    if cell.refusal.startswith("mesh"):
+    cell, own = cells.cell(config, target), config
+    if _OTHERS.match(cell.refusal):
         say("its mesh is for another number of devices; with mesh=auto")
         cell, config = cells.cell(config, target, AUTO), cells.changed(config, AUTO)
     chip, ranked = target.chip, tuple[Cell, ...]()
@@ -142,7 +155,7 @@ def _row(
     remedy = None
     if not cell.fits and not cell.refusal:
         say("it does not fit: what would?")
-        found = remedies.smallest_change(config, target)
+        found = remedies.smallest_change(config, target, seconds=SECONDS)
         remedy = found and found[1]
     largest = None
     if search and not cell.refusal:
@@ -150,10 +163,24 @@ def _row(
         largest = searching.largest_batch(config, target)
     else:
         largest = estimated_batch(cell, config.get("train", {}).get("microbatches", 1))
+    if config is not own:
+        remedy, ranked = remedy and _of_own(remedy, own), tuple(_of_own(one, own) for one in ranked)
     return Row(
         cell=cell, chips=-(-len(target.devices) // chip.devices), chip=chip.name, efficiency=chip.efficiency,
         price=price, spot=spot, largest_batch=largest, proved=search, remedy=remedy, ranked=ranked,
     )  # fmt: skip
+
+
+def _of_own(cell: Cell, config: Mapping[str, Any]) -> Cell:
+    """A cell that was found from `AUTO`, with the changes that make it of the config itself: all axes of its mesh."""
+    if not cell.mesh:  # refused
+        return cell
+    mesh: dict[str, Any] = {f"mesh.{axis}": size for axis, size in cell.mesh.items()}
+    given = config.get("mesh")
+    if isinstance(given, Mapping) and given.get("num_slices"):
+        mesh["mesh.num_slices"] = None
+    others = {key: value for key, value in cell.changes.items() if key.partition(".")[0] != "mesh"}
+    return dataclasses.replace(cell, changes={**mesh, **others})
 
 
 def estimated_batch(cell: Cell, microbatches: int) -> int | None:

@@ -4,13 +4,14 @@ Read `lines`: one table, a column for each machine, then a sentence for each tha
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxmodels.console import MAX_WIDTH, duration, human, human_bytes
 from flaxmodels.perf.cells import Cell
 from flaxmodels.perf.plan import CLASSES, Row, rest
+from flaxmodels.perf.remedies import flags
 from flaxmodels.perf.roofline import FORMULA
 
 NONE = "-"
@@ -60,7 +61,7 @@ def _table(rows: Sequence[Row]) -> Iterator[tuple[str, list[str]]]:
     yield "batch", [f"{cell.batch_size:,}" if cell.batch_size else NONE for cell in cells]
     yield "largest batch", [_batch(row) for row in rows]
     if any(row.ranked for row in rows):
-        best = [row.ranked[0] if row.ranked else row.cell for row in rows]
+        best = [row.found or row.cell for row in rows]
         yield "best found", [f"of {len(row.ranked)}" if row.ranked else NONE for row in rows]
         yield from _meshes("  mesh: ", best)
         yield "  batch", [f"{cell.batch_size:,}" if cell.fits else NONE for cell in best]
@@ -117,11 +118,6 @@ def _batch(row: Row) -> str:
     return NONE if not row.largest_batch else f"{row.largest_batch:,}" if row.proved else f"~{row.largest_batch:,}"
 
 
-def flags(changes: Mapping[str, Any]) -> str:
-    """Changes of a config as they are written on the command line."""
-    return " ".join(f"--config.{key}={value}" for key, value in changes.items())
-
-
 def sentences(row: Row) -> Iterator[str]:
     """What to know of a machine beside its column: why it is refused, what would fit, what a search found."""
     cell, fix = row.cell, row.remedy
@@ -135,8 +131,10 @@ def sentences(row: Row) -> Iterator[str]:
         if fix and fix.memory:
             done = f"it fits with {flags(fix.changes)}: {human_bytes(fix.memory.peak)}, compiled like the first"
         yield f"{cell.target}: does not fit: it {needs}; {done}."
-    if row.ranked and row.ranked[0].changes and row.ranked[0].fits:
-        yield f"{cell.target}: best of {len(row.ranked)} that were compiled: {flags(row.ranked[0].changes)}"
+    if row.found and row.found.changes and row.found.fits:
+        yield f"{cell.target}: best of {len(row.ranked)} that were compiled: {flags(row.found.changes)}"
+    if row.found and row.found is not row.ranked[0]:
+        yield f"{cell.target}: faster with another batch, which learns differently: {flags(row.ranked[0].changes)}"
     for note in cell.notes:
         yield f"{cell.target}: {note}"
 
@@ -148,9 +146,11 @@ def _terms(rows: Sequence[Row]) -> Iterator[str]:
         yield "~: an estimate, from what each example adds to the memory of a device; --search proves it by compiling."
     yield "time and USD: of train.duration, at the part of the roofline that is expected; of steps alone."
     kind = "spot" if rows and rows[0].spot else "on demand"
-    dates = {row.chip: row.price.date for row in rows if row.price.date}
+    dates = {
+        row.chip: row.price.date for row in rows if (row.price.spot if row.spot else row.price.on_demand) is not None
+    }
     if dates:
-        said = ", ".join(f"{chip} of {date}" for chip, date in dates.items())
+        said = ", ".join(f"{chip} of {date}" if date else f"{chip} of your file" for chip, date in dates.items())
         yield f"prices: {kind}, {said}; yours: --prices=FILE."
     yield f"{FORMULA}."
 

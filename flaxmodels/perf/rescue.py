@@ -48,8 +48,9 @@ def offered(config: Mapping[str, Any], seconds: float = SECONDS) -> Iterator[Non
 
 def _remedy(error: Exception, config: Mapping[str, Any], limit: int | None, seconds: float) -> str:
     """The smallest change that fits, in words; "" where there is none to name."""
-    from flaxmodels.perf import cells, remedies  # only a run that fails pays for these
+    from flaxmodels.perf import cache, cells, remedies  # only a run that fails pays for these
 
+    cache.look_again()
     held: BaseException | None = error  # what it came from has the frames that hold the state and the data
     while held is not None:
         traceback.clear_frames(held.__traceback__)

@@ -31,15 +31,6 @@ _REMAT: Mapping[Any, tuple[float, float]] = {
 }  # fmt: skip
 
 
-def meshes(config: Mapping[str, Any], target: Target) -> list[dict[str, int]]:
-    """The meshes that a config may have on these devices, axis -> devices; first those that send least, by an estimate.
-
-    Raises:
-      UserError: the config can't be trained on any.
-    """
-    return [layout.axes for layout in levers.layouts(levers.look(config, target), target)]
-
-
 def rate(cell: Cell) -> float:
     """Examples a second at the roofline; 0 where it does not fit."""
     return cell.batch_size / cell.roofline.seconds if cell.fits and cell.roofline and cell.roofline.seconds else 0.0

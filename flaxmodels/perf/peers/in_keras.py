@@ -15,19 +15,23 @@ from flaxmodels.perf.peers.works import ENDLESS, VOCABULARY, WARM, Work
 
 
 class Ended(keras.callbacks.Callback):
-    """Counts the steps that have ended, and takes the mean loss of the first ones, which Keras computes anyway."""
+    """Counts the steps that have ended, and takes the mean loss of the first ones, which Keras computes anyway.
+
+    Args:
+      each: steps of an execution, after which Keras calls.
+    """
 
     async_safe = True  # else Keras would wait for every step
 
-    def __init__(self) -> None:
+    def __init__(self, each: int = 1) -> None:
         super().__init__()
-        self.steps, self._count = 0, itertools.count(1)
+        self.steps, self._count = 0, itertools.count(each, each)
         self.loss: float | None = None
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         """Called in any thread."""
         self.steps = next(self._count)
-        if batch == WARM - 1 and self.loss is None and logs:
+        if batch >= WARM - 1 and self.loss is None and logs:
             self.loss = float(logs["loss"])
 
 
@@ -43,19 +47,29 @@ class Places(keras.layers.Layer):
         return x + self.table
 
 
-def start(work: Work, folder: Path, cores: int) -> Trainer:
-    """Set up; the cores are those that this process is pinned to."""
+def start(work: Work, folder: Path, cores: int, most: int = 1) -> Trainer:
+    """Set up.
+
+    Args:
+      work: what to train.
+      folder: with the data.
+      cores: those that this process is pinned to.
+      most: steps of an execution at the most; as many as divide those of an epoch.
+    """
     keras.utils.set_random_seed(0)
     model = _MODELS[work.model](work.config["model"])
-    model.compile(
-        optimizer=_optimizer(**work.config["optim"]),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-    )
     inputs, targets = (np.load(folder / f"{name}.npy") for name in ("inputs", "targets"))
     if work.model == "mlp":
         inputs = inputs.reshape(len(inputs), -1)
     examples = len(inputs) if work.fed else work.ready * work.batch_size
-    inputs, targets, ended = inputs[:examples], targets[:examples], Ended()
+    epoch = math.ceil(examples / work.batch_size)
+    each = max(n for n in range(1, most + 1) if epoch % n == 0)
+    model.compile(
+        optimizer=_optimizer(**work.config["optim"]),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        steps_per_execution=each,
+    )
+    inputs, targets, ended = inputs[:examples], targets[:examples], Ended(each)
 
     def run() -> None:
         model.fit(inputs, targets, batch_size=work.batch_size, epochs=ENDLESS, verbose=0, callbacks=[ended])
@@ -107,6 +121,11 @@ def _cnn(fields: Any) -> keras.Model:
     )
 
 
+def _gelu(x: Any) -> Any:
+    """As ours: by tanh."""
+    return keras.activations.gelu(x, approximate=True)
+
+
 def _gpt(fields: Any) -> keras.Model:
     layers, width, heads, length = (fields[name] for name in ("layers", "width", "heads", "max_length"))
     normal = keras.initializers.RandomNormal
@@ -127,7 +146,7 @@ def _gpt(fields: Any) -> keras.Model:
         )
         y = norm()(x)
         x = x + attention(y, y, use_causal_mask=True)
-        x = x + linear(width, last)(linear(4 * width, activation="gelu")(norm()(x)))
+        x = x + linear(width, last)(linear(4 * width, activation=_gelu)(norm()(x)))
     return keras.Model(tokens, embedding(norm()(x), reverse=True))
 
 

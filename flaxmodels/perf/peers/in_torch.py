@@ -152,7 +152,7 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, D)."""
         x = x + self.attention(self.norm_attention(x))
-        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
 
 
 class GPT(nn.Module):

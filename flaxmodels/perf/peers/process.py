@@ -97,6 +97,7 @@ class Process:
         if not line.endswith(b"\n"):
             how = "it ended" if said else f"it did not answer in {limit:.0f} s"
             tail = self._log.read_text(errors="replace").splitlines()[-TAIL:]
+            self._signal(signal.SIGKILL)  # it would go on, on the cores of the others
             raise FaultError("\n".join([f"{self._name}: {how}. The end of its output:", *(f"    {x}" for x in tail)]))
         self._signal(signal.SIGSTOP)
         found: dict[str, Any] = json.loads(line)
