@@ -29,8 +29,9 @@ from flaxmodels.verify.kills import Kill, Pace
 LEAST_STEPS = 12
 # Seconds for what is left of a run to end, after one of its processes was killed or asked to stop.
 LEAVING = 120.0
+MEETING = LEAVING / 2  # for all processes of a run to come
 # Runs one after the other that end before they could be killed: then there is nothing to hit.
-IDLE = 3
+IDLE = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +106,19 @@ def run(
                 f"this GPU does not compute the same bits each time: losses and norms are compared within {tolerance:g}"
                 f" (for bits, XLA_FLAGS={accounts.DETERMINISTIC})"
             )
-        drawn = killing.draw(random.Random(seed), kills, steps, trial.changes["checkpoint.every"], hosts)
-        tally, idle, differs = _Tally(len(drawn)), 0, ""
+        rng, every = random.Random(seed), trial.changes["checkpoint.every"]
+        drawn = killing.draw(rng, kills, steps, every, hosts)
+        tally, idle, differs = _Tally(kills), 0, ""
         for number in itertools.count(1):
             before = tally.made
             found = trial.killed(f"killed_{number}", drawn[before:], pace, tally)
             differs = tally.lost or accounts.difference(expected, found, steps, within)
             idle = 0 if tally.made > before else idle + 1
-            if differs or tally.made == len(drawn) or idle == IDLE:
+            if differs or tally.made == kills or idle == IDLE:
                 break
-            show(f"the run has ended; a new one gets the other {len(drawn) - tally.made}")
+            if idle:  # on a busy machine a moment may be over before it is seen, again and again
+                drawn[tally.made :] = killing.draw(rng, kills - tally.made, steps, every, hosts)
+            show(f"the run has ended; a new one gets the other {kills - tally.made}")
         if not tally.made and not differs:
             raise FaultError(f"the run ended before it could be killed once: nothing is proved. Raise --steps={steps}.")
         if not differs:
@@ -193,7 +197,9 @@ class _Trial:
         words = [sys.executable, "-m", "flaxmodels.verify.witness", "--reports", "{reports}", *self.arguments]
         words += [f"--config.{key}={value!r}" for key, value in self.changes.items()]
         words += [f"--workdir={self.folder / name}"]
-        commands = [[*words, *own] for own in addresses(self.hosts)]
+        # Where one is killed before all have met, the others wait for it so long.
+        limits = [f"--init_timeout={MEETING:g}"] * (self.hosts > 1)
+        commands = [[*words, *own, *limits] for own in addresses(self.hosts)]
         return Crew(commands, self.folder / "processes" / f"{name}_{number:03}", self._environment)
 
     def whole(self, name: str) -> tuple[Account, Pace]:
