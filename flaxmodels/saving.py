@@ -70,7 +70,8 @@ class Saving:
             preservation_policy=policies.LatestN(None),
             save_decision_policy=policies.FixedIntervalPolicy(1),
             temporary_path_class=_committing(directory, self._commit),
-            async_options=ocp.AsyncOptions(timeout_secs=NEVER),
+            # Made beside the rest, folders are waited for by several threads, by the clock on the wall.
+            async_options=ocp.AsyncOptions(timeout_secs=NEVER, create_directories_asynchronously=False),
             lightweight_initialize=True,
         )
         self.manager = ocp.CheckpointManager(directory, options=options)
@@ -155,6 +156,7 @@ class Saving:
         )
         lost.__cause__ = error
         self.step, self._unclean = None, time.monotonic() + AFTER
+        exits.abandon()  # threads of it may wait for each other for ever
         return lost
 
     def _sweep(self) -> None:
