@@ -152,7 +152,7 @@ def test_a_run_that_waits_for_its_data_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(Feed, "_gathered", lambda feed, index: time.sleep(0.06) or gathered(feed, index))
     stream = io.StringIO()
     config = small_config(train=dict(duration=60, eval_every=0, steps_per_dispatch=1), checkpoint=dict(every=0))
-    config["data"] |= {"placement": "host", "eval_batch_size": 256}
+    config["data"] = {**config["data"], "placement": "host", "eval_batch_size": 256}
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_save", lambda *_, **__: None)  # the first one takes its time
         loop.fit(config, tmp_path, devices=jax.devices()[:1], stream=stream)

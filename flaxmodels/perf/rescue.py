@@ -56,8 +56,8 @@ def _remedy(error: Exception, config: Mapping[str, Any], limit: int | None, seco
         traceback.clear_frames(held.__traceback__)
         held = held.__cause__ or held.__context__
     gc.collect()
-    said = f"{error}\nlooking for the smallest change of the config that fits, for up to {seconds:.0f} s"
-    print(f"{said}; Ctrl-C ends that", file=sys.stderr, flush=True)
+    said = f"looking for the smallest change of the config that fits, for up to {seconds:.0f} s; Ctrl-C ends that"
+    print(f"{str(error).splitlines()[0]}\n{said}", file=sys.stderr, flush=True)
     try:
         asked = dict(config).get("mesh", {})
         platform = asked.get("platform") if isinstance(asked, Mapping) else None

@@ -45,7 +45,7 @@ def test_f31_a_device_without_memory_says_what_takes_it(tmp_path, figures, what)
     first = next(number for number, line in enumerate(lines) if line.startswith("error: "))
     assert lines[first].startswith("error: out of memory on 1 x cpu") and "TiB more could be had" in lines[first]
     told = "\n".join(lines[first:])
-    assert all(part in told for part in said) and "Traceback" not in told and len(lines) == first + 3, told
+    assert all(part in told for part in said) and "Traceback" not in told and len(lines) == first + 4, told
     figures("F31", what=what, injected=1, detected=1)
 
 
