@@ -176,7 +176,9 @@ def losses(tmp_path, config, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [90, 150])  # in the second and in the third epoch of 66.6 steps
+@pytest.mark.parametrize(
+    "stop", [pytest.param(90, marks=pytest.mark.nightly), 150]
+)  # in the second and in the third epoch of 66.6 steps
 def test_resumed_from_disk_is_uninterrupted(tmp_path, stop):
     def config(duration, **data):
         base = stored(placement="disk", **data)
