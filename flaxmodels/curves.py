@@ -70,13 +70,7 @@ def draw(rows: Rows, path: Path) -> None:
       ImportError: matplotlib is not there.
       OSError: the file can't be written.
     """
-    with _quiet():
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 4), dpi=100, facecolor="white")
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        FigureCanvasAgg(figure)  # not pyplot: no window system, and no state shared with the user's own plots
+    with canvas(12, 4) as figure:
         left, middle, right = figure.subplots(1, 3)
         metric, rate = main_metric(rows), _learning_rate(rows)
         _panel(left, "loss", {name: series(rows, f"{name}/loss") for name in COLORS})
@@ -88,6 +82,23 @@ def draw(rows: Rows, path: Path) -> None:
             tmp.replace(path)
         finally:
             tmp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def canvas(width: float, height: float) -> Iterator[Any]:
+    """An empty white `matplotlib.figure.Figure`, in hundreds of pixels; what matplotlib has to say is not heard.
+
+    Raises:
+      ImportError: matplotlib is not there.
+    """
+    with _quiet():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+        FigureCanvasAgg(figure)  # not pyplot: no window system, and no state shared with the user's own plots
+        yield figure
 
 
 def _learning_rate(rows: Rows) -> str:

@@ -13,11 +13,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
 ROOT = Path(__file__).parent.parent
+_LOOKED: dict[str, Any] = {}  # of `looked_once`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -64,3 +66,19 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return command
+
+
+@pytest.fixture
+def looked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `levers.look` shows of a config is the same each time, and takes a while: it looks once in all tests."""
+    from flaxmodels.perf import levers
+
+    look = levers.look
+
+    def once(config: Any, target: Any) -> Any:
+        key = f"{config} {len(target.devices)} {target.chip.name}"
+        if key not in _LOOKED:
+            _LOOKED[key] = look(config, target)
+        return _LOOKED[key]
+
+    monkeypatch.setattr(levers, "look", once)

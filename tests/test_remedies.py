@@ -24,20 +24,7 @@ KEPT = {"none": 1.0, "dots": 0.6, "nothing": 0.3}
 TRANSFORMER = dict(name="transformer", layers=2, width=32, heads=2)
 
 
-LOOK, LOOKED = levers.look, dict[str, levers.Look]()
-
-
-@pytest.fixture(autouse=True)
-def _once(monkeypatch):
-    """What a look at a config shows is the same each time, and takes a while."""
-
-    def look(config, devices):
-        key = f"{config} {len(devices.devices)} {devices.chip.name}"
-        if key not in LOOKED:
-            LOOKED[key] = LOOK(config, devices)
-        return LOOKED[key]
-
-    monkeypatch.setattr(levers, "look", look)
+pytestmark = pytest.mark.usefixtures("looked_once")
 
 
 def target(count=1):

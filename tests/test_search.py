@@ -19,20 +19,7 @@ from flaxmodels.registry import UserError
 LIMIT = 1000
 
 
-LOOK, LOOKED = levers.look, dict[str, levers.Look]()
-
-
-@pytest.fixture(autouse=True)
-def _once(monkeypatch):
-    """What a look at a config shows is the same each time, and takes a while."""
-
-    def look(config, devices):
-        key = f"{config} {len(devices.devices)} {devices.chip.name}"
-        if key not in LOOKED:
-            LOOKED[key] = LOOK(config, devices)
-        return LOOKED[key]
-
-    monkeypatch.setattr(levers, "look", look)
+pytestmark = pytest.mark.usefixtures("looked_once")
 
 
 def target(count=8):

@@ -1,13 +1,11 @@
 """A picture of what a bench found: a bar for each row, in parts where it has them, and a whisker to the worst."""
 
 import dataclasses
-import logging
 import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from flaxmodels.curves import GREY
+from flaxmodels.curves import GREY, canvas
 
 # One for each part; the first for what is whole.
 COLORS = ("#3b6fb6", "#7aa6dc", "#d9622b", "#f0a35e", "#7b9e5f", "#b9c4d0", "#8e6bb0", "#c9a227", "#5f6368", "#dadce0")
@@ -45,17 +43,9 @@ def draw(title: str, unit: str, bars: Sequence[Bar], path: Path) -> None:
     Raises:
       OSError: the file can't be written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of font caches
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs and home directories, too
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        names = list(dict.fromkeys(part for bar in bars for part in bar.parts))
-        labelled = [part for part in names if part]
-        figure = Figure(figsize=(10, 1.3 + 0.5 * len(bars) + 0.5 * bool(labelled)), dpi=100, facecolor="white")
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        FigureCanvasAgg(figure)  # not pyplot: no window system, and no state shared with the user's own plots
+    names = list(dict.fromkeys(part for bar in bars for part in bar.parts))
+    labelled = [part for part in names if part]
+    with canvas(10, 1.3 + 0.5 * len(bars) + 0.5 * bool(labelled)) as figure:
         axes = figure.subplots()
         longest = max(max(sum(bar.parts.values()), bar.most) for bar in bars)
         for i, bar in enumerate(bars):

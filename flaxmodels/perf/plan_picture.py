@@ -1,13 +1,11 @@
 """plan.png: what a config takes of each machine, memory, time and money side by side."""
 
-import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from flaxmodels.console import human_bytes
-from flaxmodels.curves import GREY
+from flaxmodels.curves import GREY, canvas
 from flaxmodels.perf.plan import CLASSES, Row, rest
 from flaxmodels.perf.plan_show import money, spent
 
@@ -26,15 +24,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
       OSError: the file can't be written.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of font caches
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of glyphs and home directories, too
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(14, 2.2 + 0.45 * max(len(rows), 3)), dpi=100, facecolor="white")
-        figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        FigureCanvasAgg(figure)  # not pyplot: no window system, and no state shared with the user's own plots
+    with canvas(14, 2.2 + 0.45 * max(len(rows), 3)) as figure:
         left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(1.4, 1.2, 1))
         _memory(left, rows)
         _times(middle, rows)
