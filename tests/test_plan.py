@@ -233,6 +233,11 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(chips, "measured_cpu", lambda devices: dataclasses.replace(chips.CHIPS["v5e"], name=chips.CPU))
 
 
+def test_a_key_that_no_machine_can_know_is_said_at_once():
+    with pytest.raises(UserError, match=r"mesh.fdsp=2: unknown key. Did you mean 'fsdp'"):
+        planning.plan([f"--config={ROOT / 'configs/digits_mlp.py'}", "--config.mesh.fdsp=2", "--topologies=cpu:8"])
+
+
 @pytest.mark.slow
 def test_the_verb(own_cache, tmp_path, capsys):
     arguments = [f"--config={ROOT}/configs/digits_mlp.py", "--topologies=cpu:1, cpu:2"]

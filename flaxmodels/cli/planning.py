@@ -13,6 +13,7 @@ from flaxmodels.runtime import exits
 def plan(argv: Sequence[str]) -> int:
     """Say of machines that need not be there: does a config fit, how fast at best, for how much money?"""
     with exits.importing():
+        from flaxmodels import sections
         from flaxmodels.perf import cells, plan_picture, plan_show
         from flaxmodels.perf import plan as planning
 
@@ -31,6 +32,7 @@ def plan(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print lines of JSON")
     flags = config.parse(parser, argv)
     asked = flags.arguments
+    sections.check(flags.config, lambda text, where: text)  # what is wrong for every machine is said once, at once
     names = [name.strip() for name in (asked.topologies or ",".join(planning.TOPOLOGIES)).split(",")]
     rows = planning.plan(
         flags.config,
