@@ -178,10 +178,10 @@ def _row(name: str, found: Mapping[str, Sequence[Took]], sizes: Mapping[str, int
     return {
         "name": name,
         "bytes": sizes[name],
-        "seconds": round(median, 4),
-        "slowest": round(max(seconds), 4),
+        "seconds": round(median, 6),
+        "slowest": round(max(seconds), 6),
         "spread": timing.spread(seconds),
-        "cpu_seconds": round(statistics.median(cpu), 4),
+        "cpu_seconds": round(statistics.median(cpu), 6),
         "gb_per_second": float(f"{sizes[name] / median / 1e9:.3g}"),
         "ratio": ratio,
         "rounds": len(seconds),
