@@ -255,7 +255,10 @@ def test_the_verb(own_cache, tmp_path, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_what_does_not_fit_a_tpu_and_the_change_that_does(own_cache, capsys):
     """Both are compiled here, apart from the plan."""
-    large = [f"--config={ROOT}/configs/digits_mlp.py", "--config.model.hidden=(32768, 32768, 32768)"]
+    large = [
+        f"--config={ROOT}/configs/digits_mlp.py", "--config.model.hidden=(4096, 4096)",
+        "--config.data.batch_size=1048576", "--config.data.eval_batch_size=64", "--config.train.steps_per_dispatch=1",
+    ]  # fmt: skip
     assert planning.plan([*large, "--topologies=v5e:1x1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert not found["fits"] and found["over"] > 0 and found["remedy"]["fits"] and found["remedy"]["changes"]
