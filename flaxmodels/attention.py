@@ -1,12 +1,12 @@
-"""Kernels of causal attention beside XLA's own, and which one is best where.
+"""Kernels of attention beside XLA's own, and which one is best where.
 
 Queries are (B, T, N, H), keys and values (B, T, K, H), where K divides N: key head `k` serves the queries' heads
 `k * N/K` to `(k + 1) * N/K - 1`. Letters: B batch, T length, N heads, K heads of keys and values, H size of a head.
 Segments are (B, T) of an integer dtype: a query sees keys of its own segment, up to its own place.
 
-`pick` chooses. `splash` and `ring` run on each device's part of the arrays, by `jax.shard_map` over the mesh that is
-set (`jax.set_mesh`): examples over `data` and `fsdp`, heads over `tensor`, places over `sequence`. Without a mesh they
-run as they are.
+`pick` chooses, and `run` runs what it chose. `splash` and `ring` run on each device's part of the arrays, by
+`jax.shard_map` over the mesh that is set (`jax.set_mesh`): examples over `data` and `fsdp`, heads over `tensor`, places
+over `sequence`. Without a mesh they run as they are.
 """
 
 import dataclasses
@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from flaxmodels.masked import attend, visible
+from flaxmodels.masked import cached as cached
+from flaxmodels.masked import store as store
 from flaxmodels.ring import travelling
 
 BATCH, LENGTH, HEADS = ("data", "fsdp"), "sequence", "tensor"
@@ -44,6 +47,10 @@ class Case:
       packed: whether there are segments.
       platform: "cpu", "gpu" or "tpu".
       axes: sizes of the mesh's axes; {} without a mesh.
+      causal: whether a query sees no keys after itself.
+      window: how many of them it sees, itself among them; 0 for all.
+      softcap: of scores; 0 for none.
+      prefix: whether some keys are seen from places before them.
     """
 
     shape: tuple[int, int, int, int]
@@ -52,6 +59,10 @@ class Case:
     packed: bool
     platform: str
     axes: Mapping[str, int]
+    causal: bool = True
+    window: int = 0
+    softcap: float = 0.0
+    prefix: bool = False
 
 
 def place(mesh: Mesh | AbstractMesh | None = None) -> tuple[str, dict[str, int]]:
@@ -93,6 +104,53 @@ def pick(asked: str, case: Case) -> tuple[str, str]:
     return "xla", f"attention: xla ({where}){''.join(reasons)}"
 
 
+def run(
+    kernel: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    segments: jax.Array | None = None,
+    prefix: jax.Array | None = None,
+) -> jax.Array:
+    """Attention by a kernel that `pick` picked for such a case.
+
+    Args:
+      kernel: its name.
+      q: (B, T, N, H).
+      k: (B, T, K, H) of the same dtype.
+      v: as `k`.
+      causal: as in `masked.visible`, like `window`, `segments` and `prefix`.
+      window: of keys that a query sees, itself among them; 0 for all.
+      softcap: of scores, as in `masked.attend`.
+      scale: of scores; None: H**-0.5.
+      segments: (B, T) int, or None.
+      prefix: (B, T) int or bool, or None.
+
+    Returns:
+      (B, T, N, H) in the dtype of `q`.
+    """
+    if kernel == "ring":
+        return ring(q if scale is None else q * (scale * q.shape[-1] ** 0.5), k, v, segments=segments)
+    if kernel == "splash":
+        return splash(q, k, v, segments=segments, causal=causal, window=window, softcap=softcap, scale=scale)
+    if softcap:
+        seen = visible(q.shape[1], causal=causal, window=window, segments=segments, prefix=prefix)
+        return attend(q, k, v, seen, scale=scale, softcap=softcap)
+    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None]
+    if prefix is not None or (window and segments is not None):  # a mask of our own, and no other
+        mask = visible(q.shape[1], causal=causal, window=window, segments=segments, prefix=prefix)[:, None]
+        causal, window = False, 0
+    plain = functools.partial(jax.nn.dot_product_attention, implementation=kernel)
+    local = (window - 1, 0) if window else None
+    out: jax.Array = plain(q, k, v, mask=mask, is_causal=causal, scale=scale, local_window_size=local)
+    return out
+
+
 def _cudnn_obstacle(case: Case) -> str:
     capability = _capability()
     _, T, _, H = case.shape
@@ -102,11 +160,13 @@ def _cudnn_obstacle(case: Case) -> str:
             f'needs an Nvidia GPU of compute capability 8.0 or later and dtype="bfloat16"; '
             f"here are {case.platform}{kind} and {case.dtype}"
         )
+    if case.softcap:
+        return "can't cap scores, and the model has a softcap"
     largest = 256 if capability and capability >= (9, 0) else 128
     if H not in range(8, largest + 1, 8):
         return f"needs a head size that is a multiple of 8 up to {largest}, and it is {H}"
-    if case.packed and T % 2:
-        return f"needs an even length for packed rows, and it is {T}"
+    if (case.packed or case.prefix) and T % 2:
+        return f"needs an even length for packed rows or a prefix, and it is {T}"
     if case.axes.get(LENGTH, 1) > 1:
         return f"can't split the length, and the mesh has {LENGTH}={case.axes[LENGTH]}"
     return _split_obstacle(case) or _indivisible("kv_heads", case.kv_heads, HEADS, case.axes)
@@ -123,12 +183,26 @@ def _capability() -> tuple[int, int] | None:
 def _splash_obstacle(case: Case) -> str:
     if case.platform != "tpu":
         return f"needs a TPU, and here is {case.platform}"
+    if case.prefix:
+        return "has no mask for a prefix that all see"
     return _split_obstacle(case) or _length_obstacle(case.shape[1], case.axes)
 
 
 def _length_obstacle(length: int, axes: Mapping[str, int]) -> str:
     parts = axes.get(LENGTH, 1)
     return f"needs a length that is a multiple of {128 * parts}, and it is {length}" if length % (128 * parts) else ""
+
+
+def _ring_obstacle(case: Case) -> str:
+    asked = {
+        "a prefix": case.prefix,
+        "a window": case.window,
+        "a softcap": case.softcap,
+        "no causal mask": not case.causal,
+    }
+    if found := [name for name, value in asked.items() if value]:
+        return f"is for plain causal attention, and here is {' and '.join(found)}"
+    return _split_obstacle(case)
 
 
 def _split_obstacle(case: Case) -> str:
@@ -151,12 +225,21 @@ _OBSTACLES: Mapping[str, Callable[[Case], str]] = {
     "xla": lambda case: "",
     "cudnn": _cudnn_obstacle,
     "splash": _splash_obstacle,
-    "ring": _split_obstacle,
+    "ring": _ring_obstacle,
 }
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array | None = None, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    causal: bool = True,
+    window: int = 0,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Flash attention on TPU, which skips what the mask hides; with `sequence`, keys and values are gathered.
 
@@ -165,6 +248,10 @@ def splash(
       k: (B, T, K, H) of the same dtype.
       v: as `k`.
       segments: (B, T) int, or None.
+      causal: as in `run`, like `window`, `softcap` and `scale`.
+      window: of keys that a query sees; tiles of keys before it are skipped.
+      softcap: of scores.
+      scale: of scores.
       interpret: run on any platform, slowly, as tests do.
 
     Returns:
@@ -184,11 +271,16 @@ def splash(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
     heads = N // axes.get(HEADS, 1)
-    mask = pallas.MultiHeadMask([pallas.CausalMask((T, T))] * heads)
-    kernel = pallas.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+    mask: Any = pallas.CausalMask((T, T)) if causal else pallas.FullMask((T, T))
+    if window:
+        mask = pallas.LocalMask((T, T), (window - 1, 0), 0)
+    kernel = pallas.make_splash_mha(
+        pallas.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=parts,
+        attn_logits_soft_cap=softcap or None, interpret=interpret,
+    )  # fmt: skip
 
     def local(kernel: Any, q: Any, k: Any, v: Any, own: Any, every: Any) -> jax.Array:
-        q, k, v = (x.swapaxes(1, 2) for x in (q * H**-0.5, k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (q * (H**-0.5 if scale is None else scale), k, v))
         ids = None if own is None else pallas.SegmentIds(own, every)
         return jax.vmap(kernel)(q, k, v, ids).swapaxes(1, 2)
 

@@ -46,6 +46,10 @@ def fill(
 def _facts(options: dict[str, Any], fields: Mapping[str, Any], source: Source) -> None:
     """Fields that the data know: set where the config leaves them out, checked where it does not."""
     for key, value in source.facts.items():
+        if key in fields and isinstance(value, bool) and options.setdefault(key, value) != value:
+            raise UserError(
+                f"model.{key}={options[key]} contradicts data.objective, which needs {key}={value}: leave it out."
+            )
         if key in fields and options.setdefault(key, value) < value:
             raise UserError(
                 f"model.{key}={options[key]} is too small: data {source.name!r} has {key}={value}. "

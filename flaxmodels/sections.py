@@ -14,6 +14,7 @@ from flaxmodels.data.feed import Placement
 from flaxmodels.data.loading import Loading
 from flaxmodels.durations import parse
 from flaxmodels.guard import Guard
+from flaxmodels.lora import Lora
 from flaxmodels.registry import LONGEST, Range, Seed, Steps, UserError
 from flaxmodels.warm import Origin
 
@@ -124,6 +125,9 @@ class Section:
     filled: tuple[str, ...] = ()
 
 
+# They stand above: loaded when a config is held against them.
+SAMPLES = ("flaxmodels.inference.samples:Samples", "flaxmodels.inference.sampling:Sampling")
+
 SECTIONS: Mapping[str, Section] = {
     "model": Section(
         lambda options: [models.build, model_class(options)], filled=("classes", "vocab_size", "max_length")
@@ -138,6 +142,8 @@ SECTIONS: Mapping[str, Section] = {
     "guard": Section(lambda _: [Guard]),
     "checkpoint": Section(lambda _: [Checkpoints], provided=("directory", "best_mode", "read_only")),
     "start": Section(lambda _: [Origin]),
+    "lora": Section(lambda _: [Lora]),
+    "samples": Section(lambda _: [registry.pick({}, name, "samples") for name in SAMPLES]),
 }
 
 
@@ -163,6 +169,7 @@ def check(config: Mapping[str, Any], convert: Convert) -> dict[str, Any]:
     checked: dict[str, Any] = {"seed": registry.check(given.get("seed", 0), Seed, "seed")}
     for name, section in SECTIONS.items():
         options = given.get(name, {})
+        options = models.expand(options) if name == "model" else options
         functions = section.functions(options)
         checked[name] = registry.bind(
             functions, options, where=name, provided=section.provided, optional=section.filled, convert=convert
@@ -193,7 +200,7 @@ def resolved(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> list[
       overridden: keys that the command line set.
 
     Returns:
-      Rows in the order of `SECTIONS`; the origin is "command line", "config", "default" or "from the data".
+      Rows in the order of `SECTIONS`; the origin is "command line", "config", "preset", "default" or "from the data".
 
     Raises:
       UserError: as `check`.
@@ -202,9 +209,10 @@ def resolved(config: Mapping[str, Any], overridden: Sequence[str] = ()) -> list[
     given = _spelled(config)
     rows = [("seed", checked["seed"], "config" if "seed" in given else "default")]
     for name, section in SECTIONS.items():
-        options = checked[name]
+        options, own = checked[name], given.get(name, {})
         for key, parameter in registry.parameters(section.functions(options), section.provided).items():
             missing = "from the data" if parameter.default is parameter.empty else "default"
             value = options.get(key, None if missing == "from the data" else parameter.default)
-            rows.append((f"{name}.{key}", value, "config" if key in options else missing))
+            origin = missing if key not in options else "config" if own.get(key) == value else "preset"
+            rows.append((f"{name}.{key}", value, origin))
     return [(key, value, "command line" if key in overridden else origin) for key, value, origin in rows]

@@ -221,7 +221,7 @@ def test_check_names_what_is_wrong(changes, message):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("model", r"model.name is not set. There are: cnn, mlp"),
+        ("model", r"model.name is not set. There are: bert, bert_classifier"),
         ("data", r"data.name is not set. There are: arrays, cifar10"),
         ("optim", r"optim.learning_rate is not set. Add it to the config, or --config.optim.learning_rate=VALUE"),
         ("train", r"train.duration is not set"),

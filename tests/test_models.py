@@ -41,9 +41,10 @@ def run(model, variables, inputs, **options):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_name_builds_its_model(name):
-    fields = {"vocab_size": 5} if name == "transformer" else {"classes": 3}
+    fields = {"vocab_size": 5} if name in ("transformer", "classifier", "bert", "bert_classifier") else {}
+    fields |= {} if name in ("transformer", "bert") else {"classes": 3}
     model = build(name, **fields)
-    assert type(model).__module__ == f"flaxmodels.models.{name}"
+    assert type(model).__module__ == f"flaxmodels.models.{name.partition('_')[0]}"
     assert all(getattr(model, key) == value for key, value in fields.items())
 
 
@@ -73,7 +74,7 @@ def test_a_users_module_is_named_by_its_import_path(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [
-        ("mpl", {"classes": 3}, r"model.name='mpl' does not exist. Did you mean 'mlp'\? There are: cnn, mlp, resnet"),
+        ("mpl", {"classes": 3}, r"model.name='mpl' does not exist. Did you mean 'mlp'\? There are: bert, bert_cl"),
         ("no_such_package:Net", {}, r"there is no module 'no_such_package'"),
         ("json:dumps", {}, r"json:dumps.*expected a class that derives from flax.linen.Module"),
         ("collections:OrderedDict", {}, r"expected a class that derives from flax.linen.Module"),

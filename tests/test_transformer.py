@@ -13,7 +13,8 @@ import small
 from flaxmodels import attention, sharding
 from flaxmodels.job import assemble
 from flaxmodels.models import build
-from flaxmodels.models.transformer import Transformer, mark, rotate
+from flaxmodels.models.blocks import mark, rotate
+from flaxmodels.models.transformer import Transformer
 from flaxmodels.registry import UserError
 
 SIZES = {"vocab_size": 16, "layers": 2, "width": 16, "heads": 4, "max_length": 8}

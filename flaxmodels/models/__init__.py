@@ -1,4 +1,4 @@
-"""Flax models, each in one file of its own, and `build`, which makes one from a config.
+"""Flax models, and `build`, which makes one from a config.
 
 A model is single-device code: `model(inputs, train=False)` returns float32 outputs, and its fields are all there is to
 configure. How it is spread over a mesh is said elsewhere (`sharding.py`). The names below are imported only when they
@@ -6,19 +6,51 @@ are picked, so one model does not load the others. Ours are Linen modules; one o
 `from_nnx.py` turns into a Linen one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 
-from flaxmodels.registry import UserError, bind, pick
+from flaxmodels.registry import UserError, bind, pick, suggest
 
 MODELS = {
     "mlp": "flaxmodels.models.mlp:MLP",
     "cnn": "flaxmodels.models.cnn:CNN",
+    "ngrams": "flaxmodels.models.ngrams:NGrams",
     "resnet": "flaxmodels.models.resnet:ResNet",
     "transformer": "flaxmodels.models.transformer:Transformer",
+    "classifier": "flaxmodels.models.classifier:TextClassifier",
+    "bert": "flaxmodels.models.bert:Bert",
+    "bert_classifier": "flaxmodels.models.bert:BertClassifier",
+    "vit": "flaxmodels.models.vit:ViT",
 }
+
+
+def expand(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a config with the fields of a preset, where its name is one.
+
+    Args:
+      options: "name" and fields.
+
+    Returns:
+      The name of the model, the fields of the preset, and those of `options`, which count where both have one. What
+      names a model, or one of your own, comes back as it is.
+
+    Raises:
+      UserError: the name is neither a model's nor a preset's.
+    """
+    from flaxmodels.models.presets import PRESETS
+
+    name = options.get("name")
+    if not isinstance(name, str) or name in MODELS or ":" in name:
+        return dict(options)
+    if name not in PRESETS:
+        raise UserError(
+            f"model.name={name!r} does not exist. {suggest(name, (*MODELS, *PRESETS))} "
+            'Your own is named "package.module:attribute".'
+        )
+    model, fields = PRESETS[name]
+    return {**fields, **options, "name": model}
 
 
 def build(name: str, **fields: Any) -> nn.Module:

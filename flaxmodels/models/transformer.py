@@ -1,14 +1,13 @@
-"""A decoder-only transformer language model.
+"""A transformer language model: a decoder, unless its fields say otherwise.
 
 Letters in names of arrays: B batch, T length, D width, N query heads, K key and value heads, H size of a head,
-F width of the MLP, V vocabulary.
+F width of the MLP, V vocabulary, S slots of a cache.
 
-Read `Transformer` first, then `Block`. `mark` says what an axis is; it does nothing unless a mesh is set.
+Read `Transformer` first, then `Block` in `blocks.py`. Sizes and switches of published models are in `presets.py`.
 """
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,19 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-_KERNELS = "flaxmodels.attention"  # loaded when it is needed
-_INIT = nn.initializers.normal(0.02)
-_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "nothing": jax.checkpoint_policies.nothing_saveable,
-    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-}
-# Where a row holds several documents: {"segments": (B, T), "positions": (B, T)}. None: one, from its start.
-Layout = Mapping[str, jax.Array] | None
+from flaxmodels.models.blocks import INIT, KERNELS, MLP, Attention, Layout, UnitNorm, mark, run_blocks
+
+_SEGMENTS = {"segments", "positions"}
 
 
 class Transformer(nn.Module):
-    """Pre-norm blocks of causal attention (https://arxiv.org/abs/1706.03762) and an MLP.
+    """Blocks of attention (https://arxiv.org/abs/1706.03762) and an MLP, causal and with norms before them.
 
     The defaults are those of LLaMA (https://arxiv.org/abs/2302.13971): RMS norm, rotary positions, SwiGLU, no biases.
     GPT-2 (Radford et al., 2019) is `norm="layer", positions="learned", mlp="gelu", tied_head=True, use_bias=True`.
@@ -38,23 +31,47 @@ class Transformer(nn.Module):
       vocab_size: how many tokens there are. A multiple of 128 is faster on most accelerators.
       layers: how many blocks.
       width: of the residual stream.
-      heads: of the queries; divides `width`.
+      heads: of the queries; divides `width` unless `head_size` is set.
       kv_heads: of the keys and values (https://arxiv.org/abs/2305.13245); divides `heads`. None: as many as `heads`.
-      mlp_width: None: 4 x width, or for SwiGLU, which has three matrices, 8/3 x width rounded up to a multiple of 64.
+      head_size: None: width / heads.
+      mlp_width: None: 4 x width, or where it is gated and has three matrices, 8/3 x width rounded up to a multiple
+        of 64.
       max_length: the most tokens in a sequence.
       norm: RMS (https://arxiv.org/abs/1910.07467) or layer norm (https://arxiv.org/abs/1607.06450).
+      norm_eps: added to the variance.
+      norm_plus_one: RMS norms multiply by 1 + scale (Gemma, https://arxiv.org/abs/2403.08295).
+      norm_place: "pre": before a branch, and at the end of all; "post": of the sum after it (BERT).
+      post_norms: of the end of each branch, too (Gemma 2, https://arxiv.org/abs/2408.00118).
       positions: rotary (https://arxiv.org/abs/2104.09864) or a learned embedding.
-      mlp: GELU (https://arxiv.org/abs/1606.08415), by its tanh formula, or SwiGLU (https://arxiv.org/abs/2002.05202).
-      tied_head: the head is the embedding (https://arxiv.org/abs/1608.05859).
-      use_bias: in the projections of the blocks and in layer norms.
-      dropout: the rate after the embedding and at the end of each residual branch; 0 is off.
       rope_base: the longest wavelength of rotary positions is about 2 pi times this.
+      rope_scaling: stretches rotary positions to longer sequences as Llama 3.1 does (https://arxiv.org/abs/2407.21783):
+        (factor, low, high, length of training). Pairs that turn less than `low` times in that length turn slower by
+        `factor`, those that turn more than `high` times stay, in between is a mixture.
+      mlp: SwiGLU or GeGLU (https://arxiv.org/abs/2002.05202), or GELU (https://arxiv.org/abs/1606.08415), by its tanh
+        formula, as in GeGLU, or "gelu_exact" (BERT, ViT).
+      causal: whether a token sees no later ones; an encoder's sees all (BERT, https://arxiv.org/abs/1810.04805).
+      windows: how many tokens each sees back to, itself among them, cycled over the layers; 0 for all. Mistral
+        (https://arxiv.org/abs/2310.06825) has (4096,), Gemma 2 has (4096, 0).
+      softcap: of attention's scores, softcap x tanh(score / softcap); 0 for none (Gemma 2).
+      query_scale: of attention's scores; None: head_size^-0.5.
+      qk_norm: RMS norms of each query and key, before rotation (Qwen 3, https://arxiv.org/abs/2505.09388).
+      use_bias: in the projections of the blocks and in layer norms.
+      qkv_bias: in those of queries, keys and values (Qwen 2.5, https://arxiv.org/abs/2412.15115); None: as `use_bias`.
+      types: of tokens, with an embedding each, such as the two sentences of a pair (BERT); 0 for none.
+      embed_scale: multiply the embedding of tokens by sqrt(width) (Gemma).
+      embed_norm: a norm after the embedding (BERT).
+      tied_head: the head is the embedding (https://arxiv.org/abs/1608.05859).
+      head_bias: of each token, added to the logits (BERT).
+      head_softcap: of logits, as `softcap`; 0 for none (Gemma 2).
+      dropout: the rate after the embedding and at the end of each residual branch; 0 is off.
       attention: the kernel. "xla" works everywhere; "cudnn" is flash attention on Nvidia GPUs, for bfloat16, "splash"
         on TPUs; "ring" splits keys and values, too, over a mesh's `sequence`. "auto" picks: see `chosen`.
       remat: what a block's backward pass finds saved (https://arxiv.org/abs/1604.06174): "none" recomputes nothing,
         "dots" all but products with parameters, "nothing" everything; "offload" is "dots", saved in the host's memory.
       split_head: return what the head would multiply instead of logits, for a loss that never holds all of them.
       unroll: blocks that one turn of the compiled loop over layers computes; more runs faster and compiles longer.
+      stacked: False: blocks with parameters of their own, "blocks_0", "blocks_1", ..., and no loop; compiles longer,
+        and generates faster. `stack` and `unstack` turn parameters of one into those of the other.
       dtype: of the computation. Parameters, softmax, statistics and rotations are float32.
     """
 
@@ -63,51 +80,101 @@ class Transformer(nn.Module):
     width: int = 128
     heads: int = 4
     kv_heads: int | None = None
+    head_size: int | None = None
     mlp_width: int | None = None
     max_length: int = 256
     norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False
+    norm_place: Literal["pre", "post"] = "pre"
+    post_norms: bool = False
     positions: Literal["rope", "learned"] = "rope"
-    mlp: Literal["gelu", "swiglu"] = "swiglu"
-    tied_head: bool = False
-    use_bias: bool = False
-    dropout: float = 0.0
     rope_base: float = 10000.0
+    rope_scaling: tuple[float, float, float, float] | None = None
+    mlp: Literal["swiglu", "geglu", "gelu", "gelu_exact"] = "swiglu"
+    causal: bool = True
+    windows: tuple[int, ...] = (0,)
+    softcap: float = 0.0
+    query_scale: float | None = None
+    qk_norm: bool = False
+    use_bias: bool = False
+    qkv_bias: bool | None = None
+    types: int = 0
+    embed_scale: bool = False
+    embed_norm: bool = False
+    tied_head: bool = False
+    head_bias: bool = False
+    head_softcap: float = 0.0
+    dropout: float = 0.0
     attention: Literal["auto", "xla", "cudnn", "splash", "ring"] = "auto"
     remat: Literal["none", "dots", "nothing", "offload"] = "none"
     split_head: bool = False
     unroll: int = 1
+    stacked: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         """Check the fields; a ValueError names the one that is wrong."""
-        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "mlp_width", "max_length", "unroll")
+        sizes = ("vocab_size", "layers", "width", "heads", "kv_heads", "head_size", "mlp_width", "max_length", "unroll")
         for name in sizes:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size!r} must be at least 1.")
-        if self.width % self.heads:
+        if self.head_size is None and self.width % self.heads:
             raise ValueError(f"width={self.width} must be a multiple of heads={self.heads}: heads share it evenly.")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads={self.kv_heads} must divide heads={self.heads}: each serves equally many.")
-        if self.positions == "rope" and self.width // self.heads % 2:
+        if self.positions == "rope" and self._head_size % 2:
+            said = f"head_size = {self.head_size}" if self.head_size else f"width / heads = {self._head_size}"
             raise ValueError(
-                f"width / heads = {self.width // self.heads} must be even: rotary positions turn pairs. "
-                'Change width or heads, or set positions="learned".'
+                f"{said} must be even: rotary positions turn pairs. "
+                f'Change {"head_size" if self.head_size else "width or heads"}, or set positions="learned".'
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r} must be in [0, 1): it is the share that is dropped; 0 is off.")
+        self._check_switches()
         super().__post_init__()
 
+    def _check_switches(self) -> None:
+        if not self.windows or min(self.windows) < 0:
+            raise ValueError(f"windows={self.windows} must be of at least one number, none below 0; 0 is no window.")
+        if any(self.windows) and not self.causal:
+            raise ValueError(f"windows={self.windows} look back: they need causal=True. Leave them out.")
+        if self.norm_plus_one and self.norm != "rms":
+            raise ValueError(f"norm_plus_one=True is of RMS norms, and norm={self.norm!r}. Leave one of them out.")
+        if self.post_norms and self.norm_place == "post":
+            raise ValueError('post_norms=True adds norms to those of norm_place="pre", not "post". Leave one out.')
+        if self.rope_scaling is not None:
+            factor, low, high, length = self.rope_scaling
+            if not (factor >= 1 and 0 < low < high and length > 0):
+                raise ValueError(
+                    f"rope_scaling={self.rope_scaling} must be (factor, low, high, length): a factor of at least 1, "
+                    "turns with 0 < low < high, and the length of training, such as (8, 1, 4, 8192)."
+                )
+        if self.split_head and self.head_softcap:
+            raise ValueError(
+                f"head_softcap={self.head_softcap} is of logits, which split_head=True (loss.chunks over 1) leaves to "
+                "the loss: it would be lost. Leave one of them out."
+            )
+
+    @property
+    def _head_size(self) -> int:
+        return self.head_size or self.width // self.heads
+
     @nn.compact
-    def __call__(self, inputs: jax.Array | Mapping[str, jax.Array], train: bool = False) -> Any:
+    def __call__(self, inputs: jax.Array | Mapping[str, jax.Array], train: bool = False, cache: Any = None) -> Any:
         """Map tokens (B, T), an integer dtype, to logits (B, T, vocab_size) float32; those at t see inputs up to t.
 
         With `split_head`, to {"features": (B, T, width), "kernel": (width, vocab_size)}, both in `dtype`, whose product
-        the logits are.
+        the logits are. (With `head_bias` both have another column and row, for it.)
 
-        Inputs are the tokens, or, where a row holds several documents, {"tokens", "segments", "positions"}, each (B, T)
-        of an integer dtype. Then those at t see inputs of their own segment only, and positions, below `max_length`,
-        are as given. Padding is a segment, too.
+        Inputs are the tokens, or a dict of "tokens" and what else is known of them, each (B, T) of an integer dtype.
+        Where a row holds several documents, "segments" and "positions": then those at t see inputs of their own segment
+        only, and positions, below `max_length`, are as given. Padding is a segment, too. "prefix" is not 0 at tokens
+        that all of their segment see. "types" are those of tokens, below `types`; without them all are 0.
+
+        With a cache (see `masked.py`), inputs are {"tokens", "positions"}, where position -1 is padding, and the result
+        is (outputs, cache): tokens see what the cache holds of earlier positions, and are then in it themselves.
 
         With `train` and `dropout`, `apply` needs `rngs={"dropout": key}`. A token outside the vocabulary gives NaN.
 
@@ -115,36 +182,73 @@ class Transformer(nn.Module):
           ValueError: T is more than `max_length`, inputs are not (B, T) integers or have other keys, or the kernel that
             `attention` names can't compute this here.
         """
-        layout = None
-        if isinstance(inputs, Mapping):
-            if set(inputs) != {"tokens", "segments", "positions"}:
-                raise ValueError(f"inputs have the keys {sorted(inputs)}: expected tokens, segments, positions.")
-            layout = {name: inputs[name] for name in ("segments", "positions")}
-            inputs = inputs["tokens"]
-        whole = jnp.issubdtype(inputs.dtype, jnp.integer)
-        if not whole or inputs.ndim != 2 or inputs.shape[1] > self.max_length:
-            raise ValueError(
-                f"inputs of shape {inputs.shape} and {inputs.dtype}: expected integers, (batch, length) with length at "
-                f"most max_length={self.max_length}. Cut the sequences, or raise max_length."
-            )
+        tokens_BxT, layout = self._read(inputs, cache)
         # Parameters do not depend on the kernel, and are often made where the mesh is not set.
-        kernel = "xla" if self.is_initializing() else self._pick(inputs.shape, layout is not None)[0]
-        embed = functools.partial(nn.Embed, features=self.width, embedding_init=_INIT, dtype=self.dtype)
-        tokens = embed(self.vocab_size, name="embed")
+        kernel = "xla" if self.is_initializing() or cache is not None else self._pick(tokens_BxT.shape, layout)[0]
+        embed = functools.partial(nn.Embed, features=self.width, embedding_init=INIT, dtype=self.dtype)
+        table = embed(self.vocab_size, name="embed")
         # The table's width is gathered, as other parameters are: else the compiler splits, then regroups, the result.
-        table_VxD = mark(tokens.embedding.astype(self.dtype), "vocab", "embed")
-        x_BxTxD = jnp.take(table_VxD, inputs, axis=0)
+        table_VxD = mark(table.embedding.astype(self.dtype), "vocab", "embed")
+        x_BxTxD = jnp.take(table_VxD, tokens_BxT, axis=0)
+        if self.embed_scale:
+            x_BxTxD *= jnp.asarray(self.width**0.5, self.dtype)
         if self.positions == "learned":
             places = embed(self.max_length, name="embed_positions")
-            x_BxTxD += places(jnp.arange(inputs.shape[1]))[None] if layout is None else places(layout["positions"])
+            given = layout.get("positions")
+            x_BxTxD += places(jnp.arange(tokens_BxT.shape[1]))[None] if given is None else places(given)
+        if self.types:
+            x_BxTxD += embed(self.types, name="embed_types")(layout.get("types", jnp.zeros_like(tokens_BxT)))
+        if self.embed_norm:
+            x_BxTxD = self._make_norm()(name="embed_norm")(x_BxTxD)
         x_BxTxD = nn.Dropout(self.dropout, deterministic=not train)(x_BxTxD)
-        x_BxTxD, _ = self._blocks(train, kernel)(mark(x_BxTxD, "batch", "length", "embed"), layout)
-        x_BxTxD = self._make_norm()(name="norm")(x_BxTxD)
-        kernel_DxV = table_VxD.T if self.tied_head else Head(self.vocab_size, name="head")(self.width)
-        kernel_DxV = kernel_DxV.astype(self.dtype)
+        x_BxTxD, added = self._blocks(mark(x_BxTxD, "batch", "length", "embed"), layout, train, kernel, cache)
+        if self.norm_place == "pre":
+            x_BxTxD = self._make_norm()(name="norm")(x_BxTxD)
+        outputs = self._outputs(x_BxTxD, table_VxD, layout, train)
+        if cache is None:
+            return outputs
+        return outputs, importlib.import_module(KERNELS).store(cache, added, layout["positions"])
+
+    def _outputs(self, x_BxTxD: jax.Array, table_VxD: jax.Array, layout: Layout, train: bool) -> Any:
+        """What the model returns for the residual stream at its end."""
+        kernel_DxV, bias_V = Head(self.vocab_size, self.tied_head, self.head_bias, name="head")(self.width)
+        kernel_DxV = (table_VxD.T if kernel_DxV is None else kernel_DxV).astype(self.dtype)
         if self.split_head:
+            if bias_V is not None:
+                ones_BxTx1 = jnp.ones_like(x_BxTxD[..., :1])
+                x_BxTxD = jnp.concatenate([x_BxTxD, ones_BxTx1], axis=-1)
+                kernel_DxV = jnp.concatenate([kernel_DxV, bias_V[None].astype(self.dtype)])
             return {"features": x_BxTxD, "kernel": mark(kernel_DxV, "embed", "vocab")}
-        return mark(x_BxTxD @ kernel_DxV, "batch", "length", "vocab").astype(jnp.float32)
+        logits_BxTxV = mark(x_BxTxD @ kernel_DxV, "batch", "length", "vocab").astype(jnp.float32)
+        if bias_V is not None:
+            logits_BxTxV += bias_V[None, None]
+        if self.head_softcap:
+            logits_BxTxV = self.head_softcap * jnp.tanh(logits_BxTxV / self.head_softcap)
+        return logits_BxTxV
+
+    def _read(self, inputs: Any, cache: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The tokens, and what else is known of them."""
+        layout = dict(inputs) if isinstance(inputs, Mapping) else {"tokens": inputs}
+        known = set(layout) - {"tokens", "prefix"} - ({"types"} if self.types else set())
+        expected = {"positions"} if cache is not None else _SEGMENTS
+        if "tokens" not in layout or ((known or cache is not None) and known != expected):
+            types = ", types" if self.types else ""
+            raise ValueError(
+                f"inputs have the keys {sorted(layout)}: expected tokens, {', '.join(sorted(expected, reverse=True))}"
+                + (", as a cache asks for." if cache is not None else f", and perhaps prefix{types}.")
+            )
+        if cache is not None and ("prefix" in layout or not self.causal):
+            raise ValueError("a cache holds what later tokens see: it needs causal=True, and inputs without a prefix.")
+        tokens = layout.pop("tokens")
+        whole = jnp.issubdtype(tokens.dtype, jnp.integer)
+        if not whole or tokens.ndim != 2 or tokens.shape[1] > self.max_length:
+            raise ValueError(
+                f"inputs of shape {tokens.shape} and {tokens.dtype}: expected integers, (batch, length) with length at "
+                f"most max_length={self.max_length}. Cut the sequences, or raise max_length."
+            )
+        if cache is not None:
+            layout["places"] = cache["places"]
+        return tokens, layout
 
     def chosen(self, mesh: jax.sharding.Mesh, inputs: Any) -> tuple[str, ...]:
         """Lines for a log: the kernel of attention for such inputs (arrays or their shapes) on a mesh, and why.
@@ -158,180 +262,96 @@ class Transformer(nn.Module):
                 f'remat="offload" needs the memory "pinned_host", and {mesh.devices.flat[0].device_kind} has {kinds}. '
                 'Use remat="dots" or remat="nothing".'
             )
-        packed = isinstance(inputs, Mapping)
-        return (self._pick((inputs["tokens"] if packed else inputs).shape, packed, mesh)[1],)
+        layout = inputs if isinstance(inputs, Mapping) else {"tokens": inputs}
+        return (self._pick(layout["tokens"].shape, layout, mesh)[1],)
 
-    def _pick(self, shape: tuple[int, ...], packed: bool, mesh: jax.sharding.Mesh | None = None) -> tuple[str, str]:
+    def _pick(
+        self, shape: tuple[int, ...], layout: Mapping[str, Any], mesh: jax.sharding.Mesh | None = None
+    ) -> tuple[str, str]:
         """The kernel for tokens of `shape` (B, T), and a line for a log; on the mesh that is set if none is given."""
-        attention = importlib.import_module(_KERNELS)
-        sizes = (*shape, self.heads, self.width // self.heads)
-        case = attention.Case(sizes, self.kv_heads or self.heads, self.dtype, packed, *attention.place(mesh))
+        attention = importlib.import_module(KERNELS)
+        sizes, kv_heads = (*shape, self.heads, self._head_size), self.kv_heads or self.heads
+        case = attention.Case(
+            sizes, kv_heads, self.dtype, "segments" in layout, *attention.place(mesh),
+            causal=self.causal, window=max(self.windows), softcap=self.softcap, prefix="prefix" in layout,
+        )  # fmt: skip
         picked: tuple[str, str] = attention.pick(self.attention, case)
         return picked
 
-    def _blocks(self, train: bool, kernel: str) -> nn.Module:
-        """All blocks as one module, called as `(x_BxTxD, layout)`; returns `(x_BxTxD, None)`."""
+    def _blocks(
+        self, x_BxTxD: jax.Array, layout: Layout, train: bool, kernel: str, cache: Any
+    ) -> tuple[jax.Array, Any]:
+        """All blocks: the residual stream after them, and what they add to a cache."""
         # What ends a residual branch starts smaller, so that the sum of all branches does not grow with depth (GPT-2).
         out_init = nn.initializers.normal(0.02 / (2 * self.layers) ** 0.5)
         common: dict[str, Any] = {"use_bias": self.use_bias, "out_init": out_init, "dtype": self.dtype}
-        rope_base = self.rope_base if self.positions == "rope" else None
-        kv_heads = self.kv_heads or self.heads
-        attention = functools.partial(Attention, self.heads, kv_heads, rope_base, kernel, **common)
-        width = self.mlp_width or (4 * self.width if self.mlp == "gelu" else -(-8 * self.width // 192) * 64)
-        mlp = functools.partial(MLP, width, self.mlp == "swiglu", **common)
-        block = Block
-        if self.remat != "none":
-            # Where the loop has one turn there is none after compilation, and equal work would be merged.
-            block = nn.remat(Block, policy=_POLICIES[self.remat], prevent_cse=self.unroll >= self.layers)
-        scan = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-            unroll=self.unroll,
+        attention = functools.partial(
+            Attention,
+            heads=self.heads,
+            kv_heads=self.kv_heads or self.heads,
+            head_size=self._head_size,
+            kernel=kernel,
+            qkv_bias=self.use_bias if self.qkv_bias is None else self.qkv_bias,
+            rope={"base": self.rope_base, "scaling": self.rope_scaling} if self.positions == "rope" else None,
+            make_norm=self._make_norm("rms") if self.qk_norm else None,
+            causal=self.causal,
+            windows=tuple(sorted(set(self.windows))),
+            softcap=self.softcap,
+            scale=self.query_scale,
+            **common,
         )
+        gated = self.mlp in ("swiglu", "geglu")
+        width = self.mlp_width or (-(-8 * self.width // 192) * 64 if gated else 4 * self.width)
+        mlp = functools.partial(MLP, width=width, kind=self.mlp, **common)
         rate = self.dropout if train else 0.0
-        return scan(attention, mlp, self._make_norm(), rate, name="blocks")
 
-    def _make_norm(self) -> Callable[..., Any]:
-        if self.norm == "rms":
-            return functools.partial(nn.RMSNorm, dtype=self.dtype)
-        return functools.partial(nn.LayerNorm, use_bias=self.use_bias, dtype=self.dtype)
+        def block(kind: Callable[..., Any], name: str) -> Any:
+            return kind(attention, mlp, self._make_norm(), rate, self.norm_place, self.post_norms, name=name)
+
+        return run_blocks(
+            block, x_BxTxD, layout, self.windows, None if cache is None else cache["blocks"],
+            layers=self.layers, stacked=self.stacked, remat=self.remat, unroll=self.unroll,
+        )  # fmt: skip
+
+    def _make_norm(self, kind: str | None = None) -> Callable[..., Any]:
+        kind = kind or self.norm
+        if kind == "layer":
+            return functools.partial(nn.LayerNorm, epsilon=self.norm_eps, use_bias=self.use_bias, dtype=self.dtype)
+        return functools.partial(
+            UnitNorm if self.norm_plus_one else nn.RMSNorm, epsilon=self.norm_eps, dtype=self.dtype
+        )
 
 
 class Head(nn.Module):
-    """The kernel of the last map, which is a product and nothing else."""
-
-    vocab_size: int
-
-    @nn.compact
-    def __call__(self, width: int) -> jax.Array:
-        """(width, vocab_size), float32."""
-        kernel: jax.Array = self.param("kernel", _INIT, (width, self.vocab_size))
-        return kernel
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with dropout at the end of each branch.
+    """The kernel of the last map, which is a product and nothing else, and perhaps a bias.
 
     Attributes:
-      make_attention, make_mlp, make_norm: called with a name, they return the modules.
-      dropout: the rate; 0 is off.
+      vocab_size: V.
+      tied: there is no kernel: the embedding is it.
+      use_bias: whether there is a bias.
     """
 
-    make_attention: Callable[..., Any]
-    make_mlp: Callable[..., Any]
-    make_norm: Callable[..., Any]
-    dropout: float
+    vocab_size: int
+    tied: bool = False
+    use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, layout: Layout = None) -> tuple[jax.Array, None]:
-        """Map (B, T, D) to the same shape and dtype; the None is what `nn.scan` would give per layer."""
-        dropout = nn.Dropout(self.dropout, deterministic=self.dropout == 0)
-        y_BxTxD = self.make_norm(name="norm_attention")(x_BxTxD)
-        x_BxTxD += dropout(self.make_attention(name="attention")(y_BxTxD, layout))
-        x_BxTxD = mark(x_BxTxD, "batch", "length", "embed")
-        y_BxTxD = self.make_norm(name="norm_mlp")(x_BxTxD)
-        x_BxTxD += dropout(self.make_mlp(name="mlp")(y_BxTxD))
-        return mark(x_BxTxD, "batch", "length", "embed"), None
+    def __call__(self, width: int) -> tuple[jax.Array | None, jax.Array | None]:
+        """(width, vocab_size) and (vocab_size,), float32; None for what there is not."""
+        kernel = None if self.tied else self.param("kernel", INIT, (width, self.vocab_size))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.vocab_size,)) if self.use_bias else None
 
 
-class Attention(nn.Module):
-    """Causal attention; query heads share key and value heads in groups of `heads / kv_heads`, in order.
-
-    Attributes: as in `Transformer`; `rope_base` None for no rotation, `out_init` for the last projection.
-    """
-
-    heads: int
-    kv_heads: int
-    rope_base: float | None
-    kernel: str
-    use_bias: bool
-    out_init: Callable[..., Any]
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, layout: Layout = None) -> jax.Array:
-        """Map (B, T, D) to the same shape, in `dtype`; with a layout, each segment by itself."""
-        positions_BxT, segments_BxT, same_Bx1xTxT = None, None, None
-        if layout is not None:
-            positions_BxT, segments_BxT = layout["positions"], layout["segments"]
-            same_Bx1xTxT = segments_BxT[:, None, :, None] == segments_BxT[:, None, None]
-        D = x_BxTxD.shape[-1]
-        dense = functools.partial(nn.DenseGeneral, use_bias=self.use_bias, dtype=self.dtype)
-        project = functools.partial(dense, kernel_init=_INIT)
-        H = D // self.heads
-        q_BxTxNxH = project((self.heads, H), name="query")(x_BxTxD)
-        k_BxTxKxH = project((self.kv_heads, H), name="key")(x_BxTxD)
-        v_BxTxKxH = project((self.kv_heads, H), name="value")(x_BxTxD)
-        k_BxTxKxH, v_BxTxKxH = (mark(x, "batch", "length", "kv_heads", None) for x in (k_BxTxKxH, v_BxTxKxH))
-        if self.rope_base is not None:
-            q_BxTxNxH, k_BxTxKxH = (rotate(x, self.rope_base, positions_BxT) for x in (q_BxTxNxH, k_BxTxKxH))
-        q_BxTxNxH = mark(q_BxTxNxH, "batch", "length", "heads", None)
-        if self.kernel != "ring":  # where a mesh splits the length, each query's device gathers the keys of all of it
-            k_BxTxKxH, v_BxTxKxH = (mark(x, "batch", "kv_length", "kv_heads", None) for x in (k_BxTxKxH, v_BxTxKxH))
-        if self.kernel in ("xla", "cudnn"):
-            plain = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=self.kernel)
-            attend = functools.partial(plain, mask=same_Bx1xTxT)
-        else:
-            attend = functools.partial(getattr(importlib.import_module(_KERNELS), self.kernel), segments=segments_BxT)
-        y_BxTxNxH = attend(q_BxTxNxH, k_BxTxKxH, v_BxTxKxH)
-        y_BxTxNxH = mark(y_BxTxNxH, "batch", "length", "heads", None)
-        return dense(D, axis=(-2, -1), kernel_init=self.out_init, name="out")(y_BxTxNxH)
+def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters, or what has their paths, for `stacked=False`: "blocks" (layers, ...) becomes "blocks_0", ..."""
+    blocks = params["blocks"]
+    layers = jax.tree.leaves(blocks)[0].shape[0]
+    each = {f"blocks_{i}": jax.tree.map(lambda x, i=i: x[i], blocks) for i in range(layers)}
+    return {**{name: x for name, x in params.items() if name != "blocks"}, **each}
 
 
-class MLP(nn.Module):
-    """down(gelu(up(x))), or, `gated`, down(silu(gate(x)) * up(x)).
-
-    Attributes: `width` F; the others as in `Attention`.
-    """
-
-    width: int
-    gated: bool
-    use_bias: bool
-    out_init: Callable[..., Any]
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        """Map (B, T, D) to the same shape, in `dtype`."""
-        dense = functools.partial(nn.Dense, use_bias=self.use_bias, dtype=self.dtype)
-        h_BxTxF = mark(dense(self.width, kernel_init=_INIT, name="up")(x_BxTxD), "batch", "length", "mlp")
-        if self.gated:
-            g_BxTxF = dense(self.width, kernel_init=_INIT, name="gate")(x_BxTxD)
-            h_BxTxF *= nn.silu(mark(g_BxTxF, "batch", "length", "mlp"))
-        else:
-            h_BxTxF = nn.gelu(h_BxTxF, approximate=True)
-        return dense(x_BxTxD.shape[-1], kernel_init=self.out_init, name="down")(h_BxTxF)
-
-
-def rotate(x_BxTxNxH: jax.Array, base: float, positions_BxT: jax.Array | None = None) -> jax.Array:
-    """Rotary positions: turn the pair (i, i + H/2) at place t by the angle t * base^(-2i/H); same shape and dtype.
-
-    Places are counted from 0, or those of `positions_BxT`.
-    """
-    T, H = x_BxTxNxH.shape[1], x_BxTxNxH.shape[3]
-    # In float32, since bfloat16 can't count past 256.
-    frequency_H = base ** (-jnp.arange(0, H, 2, dtype=jnp.float32) / H)
-    if positions_BxT is None:
-        angle_TxH = jnp.arange(T, dtype=jnp.float32)[:, None] * frequency_H[None]
-        cos, sin = (f(angle_TxH)[None, :, None] for f in (jnp.cos, jnp.sin))
-    else:
-        angle_BxTxH = positions_BxT.astype(jnp.float32)[:, :, None] * frequency_H[None, None]
-        cos, sin = (f(angle_BxTxH)[:, :, None] for f in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x_BxTxNxH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BxTxNxH.dtype)
-
-
-def mark(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Name the axes of an activation for the rules of a mesh (`nn.logical_axis_rules`); without a mesh, nothing.
-
-    An axis that the mesh does not divide stays whole: padded parts would be moved about.
-    """
-    sizes, places = jax.sharding.get_abstract_mesh().shape, nn.logical_to_mesh_axes(axes) or ()
-    parts = [math.prod(sizes.get(n, 1) for n in ((p,) if isinstance(p, str) else p or ())) for p in places]
-    whole = [i for i, part in enumerate(parts) if x.shape[i] % part]
-    kept = tuple(None if i in whole else axis for i, axis in enumerate(axes))
-    marked: jax.Array = nn.with_logical_constraint(x, kept)
-    return marked
+def stack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What `unstack` was given, of what it returned."""
+    layers = sum(name.startswith("blocks_") for name in params)
+    blocks = jax.tree.map(lambda *x: jnp.stack(x), *(params[f"blocks_{i}"] for i in range(layers)))
+    return {**{name: x for name, x in params.items() if not name.startswith("blocks_")}, "blocks": blocks}
