@@ -142,6 +142,8 @@ def _label(target: Any, labels: Sequence[str]) -> str:
 def windows(shown: Shown, tokenizer: Tokenizer | None, labels: Sequence[str] = (), most: int = 8) -> Iterator[str]:
     """A paragraph for each window: its text with the boundaries of documents and the parts without loss marked.
 
+    Special tokens, such as "[MASK]", stand by their names.
+
     Args:
       shown: of token ids.
       tokenizer: between ids and text; None shows ids.
@@ -154,6 +156,7 @@ def windows(shown: Shown, tokenizer: Tokenizer | None, labels: Sequence[str] = (
         segments = shown.inputs["segments"][place] if isinstance(shown.inputs, dict) else np.ones(len(tokens[place]))
         per_token = shown.targets.ndim == 2
         weights = shown.weights[place] if per_token else np.ones(len(segments))
+        later = per_token and _one_later(tokens[place], shown.targets[place], weights)
         label = "" if per_token else f"  label {_label(shown.targets[place], labels)}"
         counted = f"{int((weights * (segments > 0)).astype(bool).sum())} of {len(segments)} tokens count"
         if shown.index[place] < 0 or shown.unread[place]:
@@ -161,14 +164,24 @@ def windows(shown: Shown, tokenizer: Tokenizer | None, labels: Sequence[str] = (
             yield f"\n#{shown.index[place]}  row {place}  {why}: nothing counts"
             continue
         yield f"\n#{shown.index[place]}  row {place}{label}  {counted}"
-        yield _marked(tokens[place], segments, weights, tokenizer)
+        yield _marked(tokens[place], segments, _shifted(weights, segments) if later else weights, tokenizer)
+
+
+def _one_later(tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> bool:
+    """Whether what is learned are the tokens that follow, and not, as with masks, those that were in their places."""
+    learned = weights[:-1] > 0
+    return not learned.any() or bool((targets[:-1] == tokens[1:])[learned].mean() > 0.5)
+
+
+def _shifted(weights: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """The weight of each token, where that at t is the one of the token at t + 1."""
+    # The first token of a document is nobody's target: as the next one.
+    follows = segments[1:] == segments[:-1]
+    return np.concatenate([weights[:1], np.where(follows, weights[:-1], weights[1:])])
 
 
 def _marked(tokens: np.ndarray, segments: np.ndarray, weights: np.ndarray, tokenizer: Tokenizer | None) -> str:
     """Runs of tokens of one document and one weight, each decoded in one piece."""
-    # The weight at t is that of the token at t + 1. The first token of a document is nobody's target: as the next one.
-    follows = segments[1:] == segments[:-1]
-    weights = np.concatenate([weights[:1], np.where(follows, weights[:-1], weights[1:])])
     state = np.stack([segments, weights > 0])
     starts = [0, *(np.flatnonzero((state[:, 1:] != state[:, :-1]).any(0)) + 1), len(tokens)]
     text, before = "", segments[0]
@@ -177,10 +190,17 @@ def _marked(tokens: np.ndarray, segments: np.ndarray, weights: np.ndarray, token
         if segments[start] == 0:
             text += f"⌁{stop - start}"
             continue
-        said = " ".join(map(str, run)) if tokenizer is None else _printable(tokenizer.decode(run))
+        said = " ".join(map(str, run)) if tokenizer is None else _printable(_said(run, tokenizer))
         text += ("‖" if segments[start] != before else "") + (said if weights[start] > 0 else "{" + said + "}")
         before = segments[start]
     return text
+
+
+def _said(tokens: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of tokens, with the names of special ones but the end of a document."""
+    names = {number: name for name, number in tokenizer.special.items() if number != tokenizer.end}
+    runs = itertools.groupby(tokens.tolist(), key=names.get)
+    return "".join(name * len(list(run)) if name else tokenizer.decode(list(run)) for name, run in runs)
 
 
 def _printable(text: str) -> str:

@@ -70,6 +70,7 @@ def test_last_batch_of_an_evaluation_shows_its_padding(command):
 
 class Letters:
     size, end, token_bytes, fingerprint = 26, None, (1,) * 26, "letters"
+    begin, special = None, {"?": 25}
 
     def encode(self, text):
         return np.frombuffer(text.encode(), np.uint8) - ord("a")
@@ -83,7 +84,7 @@ def windows(tokens, segments, weights, targets=None):
         np.array([7], np.int32),
         np.zeros(1, bool),
         {"tokens": np.array([tokens]), "segments": np.array([segments])},
-        np.array([tokens]) if targets is None else np.array([targets]),
+        np.array([[*tokens[1:], 0]]) if targets is None else np.array([targets]),
         np.array([weights], np.float32),
     )
     return list(looking.windows(shown, Letters(), ("no", "yes")))
@@ -93,6 +94,11 @@ def test_boundaries_masks_and_padding_are_marked():
     # Two documents and padding. The weight at t is that of the token at t + 1: "cd" is a prompt, without loss.
     lines = windows([0, 1, 2, 3, 4, 26, 0, 0], [1, 1, 2, 2, 2, 2, 0, 0], [1, 0, 0, 1, 1, 0, 0, 0])
     assert lines[1:] == ["\n#7  row 0  3 of 8 tokens count", "ab‖{cd}e\\n⌁2"]
+
+
+def test_tokens_that_are_predicted_in_their_own_places_are_marked_there():
+    lines = windows([0, 25, 2, 25, 25], [1] * 5, [0, 1, 0, 1, 0], targets=[0, 1, 2, 3, 4])
+    assert lines[1:] == ["\n#7  row 0  2 of 5 tokens count", "{a}?{c}?{?}"]
 
 
 def test_a_window_with_a_label():

@@ -62,12 +62,14 @@ def prepare(argv: Sequence[str]) -> int:
     checked = sections.check(flags.config, lambda text, where: text)
     _, options = sections.split_data(checked["data"])
     name = options.pop("name")
+    options.pop("objective", None)  # of those who read the tokens
     try:
         preparing.prepare_source(name, options, flags.arguments.to, sys.stdout)
     except preparing.StoppedError as stopped:
         print(stopped)
         return exits.SIGNALLED + stopped.signal
-    kept = {key: value for key, value in checked["data"].items() if key in ("length", "windows", "batch_size")}
+    reading = ("length", "windows", "objective", "batch_size")
+    kept = {key: value for key, value in checked["data"].items() if key in reading}
     said = "".join(f", {key}={value!r}" for key, value in kept.items())
     print(f'to train on it: config.data = dict(name="tokens", path={str(flags.arguments.to)!r}{said})')
     return exits.DONE

@@ -9,6 +9,8 @@ come to the devices. The rest:
     text, tables, reading, text_files        sources of text, and the files they read
     tokenizer, vocabularies, byte_pairs      between text and tokens
     documents, packing, token_rows           from documents to windows
+    objectives, objective_masked, objective_spans, objective_prefix, words     what is learned from text
+    chat, chat_jinja                         conversations, and the templates that make text of them
     preparing, corpus, token_files, token_folder, token_writer     tokens on disk
     mixture, held_out                        several sources as one; what is evaluated on
     augment, augment_images, augment_mixing, randaugment, host_augment     augmentation
@@ -46,18 +48,26 @@ SOURCES = {
 }
 
 
-def load(name: str, **options: Any) -> Source:
+def load(name: str, objective: dict | None = None, **options: Any) -> Source:
     """Load a data source: one of `SOURCES`, or your own as `"package.module:function"`.
 
     Args:
       name: the name of a function that returns a `Source`.
-      **options: its keyword arguments, checked against its signature.
+      objective: what is learned from text, {"name": ..., options}: see `objectives.OBJECTIVES`. None: each next token.
+      **options: keyword arguments of the function, checked against its signature.
 
     Raises:
       UserError: an unknown name or option, a value of the wrong type, data that are missing or damaged, or a function
         that returns something else than a `Source`.
     """
-    return load_as("data", {"name": name, **options})
+    options = {"name": name, **options}
+    if objective is None:
+        return load_as("data", options)
+    from flaxmodels.data import objectives  # with all of JAX, which a source alone need not load
+
+    known = registry.parameters([registry.pick(SOURCES, name, "data.name")])
+    length = options.get("length", known["length"].default) if "length" in known else None
+    return objectives.apply(objective, lambda **changed: load_as("data", options | changed), length)
 
 
 def load_as(where: str, options: Mapping[str, Any]) -> Source:

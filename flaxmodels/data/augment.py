@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxmodels import registry
-from flaxmodels.data.split import Batch
+from flaxmodels.data.split import Batch, Draw
 from flaxmodels.registry import UserError
 
 # (batch, index (B,) int32, step () int32) -> batch.
@@ -41,18 +41,23 @@ AUGMENTATIONS: Mapping[str, str] = {
 
 # Folded into the key of the run before the step. `step.streams` folds the step itself, which is never that large.
 PURPOSE = 2**32 - 1
+# Folded into the key of an example for what its source draws; the place in `data.augment` is never that large.
+DRAW = 2**32 - 1
 # Parameters that are no options: of a function of a batch, and of one of an image.
 PROVIDED = ("batch", "keys", "image", "key")
 
 
-def make(specs: Sequence[Mapping[str, Any]], *, seed: int, facts: Mapping[str, int]) -> Augment:
-    """One function that applies all `specs`, in order.
+def make(
+    specs: Sequence[Mapping[str, Any]], *, seed: int, facts: Mapping[str, int], draw: Draw | None = None
+) -> Augment:
+    """One function that applies what the source draws, then all `specs`, in order.
 
     Args:
       specs: `data.augment` of a config, each {"name": a key of `AUGMENTATIONS`, or "package.module:function", and its
         options}.
       seed: of the run.
       facts: of the data source; an option of that name which a spec leaves out is filled from it.
+      draw: of the data source.
 
     Returns:
       (batch, index (B,) int32, step () int32) -> batch of the same shapes and dtypes, but for targets that were mixed.
@@ -66,13 +71,14 @@ def make(specs: Sequence[Mapping[str, Any]], *, seed: int, facts: Mapping[str, i
 
     def augment(batch: Batch, index: Any, step: Any) -> Batch:
         keys = example_keys(seed, index, step)
+        batch = draw(batch, fold(keys, DRAW)) if draw else batch
         for place, function in enumerate(functions):
             before = batch
             batch = function(before, fold(keys, place))
             _check_kept(before, batch, f"data.augment[{place}]")
         return batch
 
-    return augment if functions else lambda batch, index, step: batch
+    return augment if functions or draw else lambda batch, index, step: batch
 
 
 def bound(

@@ -5,17 +5,17 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from flaxmodels.data.split import fingerprint
-from flaxmodels.data.vocabularies import cut, dtype, utf8, width
+from flaxmodels.data.vocabularies import BEGINS, cut, dtype, utf8, width
 from flaxmodels.registry import UserError
 
 # What the token that ends a document may be called; ours is the first.
-ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]")
 # Characters that are encoded together: bounds the memory that takes.
 _BATCH = 2**22
 
@@ -59,6 +59,22 @@ class BytePairs:
         return next((i for i in ids if i in self._special), None)
 
     @functools.cached_property
+    def begin(self) -> int | None:
+        """The id of the special token that its post processor puts before a text.
+
+        Without a post processor, of the first of `BEGINS` that it has as a special token.
+        """
+        if json.loads(self.definition).get("post_processor"):
+            ids = self._library.encode("a", add_special_tokens=True).ids
+            return ids[0] if ids and ids[0] in self._special else None
+        return next((self.special[name] for name in BEGINS if name in self.special), None)
+
+    @functools.cached_property
+    def special(self) -> Mapping[str, int]:
+        """Id of each special token, by its name."""
+        return {t.content: i for i, t in self._library.get_added_tokens_decoder().items() if t.special}
+
+    @functools.cached_property
     def token_bytes(self) -> tuple[int, ...]:
         """(size,) bytes that each token adds to a text; 0 for special tokens, and for ids without one."""
         library, added = self._library, self._library.get_added_tokens_decoder()
@@ -80,6 +96,12 @@ class BytePairs:
         """A hash of `definition`, without what is not used of it."""
         parts, unused = json.loads(self.definition), ("version", "truncation", "padding", "post_processor")
         return fingerprint({k: v for k, v in parts.items() if k not in unused})
+
+    def extended(self, names: Sequence[str]) -> "BytePairs":
+        """With special tokens of these names; ids that are new come after all others."""
+        library = _package().Tokenizer.from_str(self.definition)
+        library.add_special_tokens([_package().AddedToken(name, special=True, normalized=False) for name in names])
+        return BytePairs(library.to_str(pretty=True))
 
     def encode(self, text: str) -> np.ndarray:
         """Ids (N,)."""

@@ -26,8 +26,9 @@ SOURCES: Mapping[str, Callable[..., Any]] = {
 }
 # Options that name files.
 PATHS = ("path", "test_path")
-# Options that matter when tokens are read, and not when they are made.
+# Options that matter when tokens are read, and not when they are made; and those of what is no plain text.
 _LATER = ("length", "windows")
+_OTHERS = ("label", "prompt", "completion", "pair", "messages", "template", "begin")
 # Bytes read at a time.
 _READ = 2**22
 
@@ -137,18 +138,18 @@ def from_options(name: str, options: Mapping[str, Any]) -> tuple[Corpus, dict[st
       options: of that source.
 
     Raises:
-      UserError: another source, a wrong option, or labels or prompts.
+      UserError: another source, a wrong option, or something else than plain text.
     """
     if name not in SOURCES:
         raise UserError(f"data.name={name!r} can't be prepared. {registry.suggest(name, SOURCES)}")
     bound = registry.bind(SOURCES[name], options, where="data")
     known = registry.parameters([SOURCES[name]])
     said = {key: bound.get(key, parameter.default) for key, parameter in known.items() if key not in _LATER}
-    for key in ("label", "prompt", "completion"):
-        if said.pop(key, None) is not None:
+    for key in _OTHERS:
+        if said.pop(key, None):
             raise UserError(
                 f"data.{key}={options[key]!r}: only texts can be prepared, for a language model. Leave it out, and "
-                f"name the column of texts in data.text; or train on {name!r} directly, which reads labels and prompts."
+                f"name the column of texts in data.text; or train on {name!r} directly, which reads all of these."
             )
     columns = {key: said[key] for key in ("text", "encoding") if key in said}
 

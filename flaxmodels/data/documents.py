@@ -13,7 +13,7 @@ import numpy as np
 
 from flaxmodels.data.packing import packed_split
 from flaxmodels.data.split import Batch, Rows, Split, Tokenizer, take
-from flaxmodels.data.token_rows import Stored, nothing, places_of, read_rows, skipped, stored_split
+from flaxmodels.data.token_rows import LOUD, Stored, nothing, places_of, ranges, read_rows, skipped, stored_split
 from flaxmodels.data.tokenizer import encode_many
 from flaxmodels.registry import UserError
 
@@ -29,72 +29,93 @@ class Documents:
       ends: (D,) int64, the place after each document's last token; the last is N.
       labels: (D,) int32, the class of each; None where there are none.
       prompts: (D,) int32, how many leading tokens of each are no targets of the loss; None for none.
+      learned: (N,) bool, which tokens are targets of the loss, where `prompts` does not say it; None for all.
+      seconds: (D,) int32, how many tokens the first of a pair of texts has, with what ends it; None for single texts.
     """
 
     tokens: np.ndarray | Stored
     ends: np.ndarray
     labels: np.ndarray | None = None
     prompts: np.ndarray | None = None
+    learned: np.ndarray | None = None
+    seconds: np.ndarray | None = None
 
     @property
     def begins(self) -> np.ndarray:
         """(D,) int64, the place of each document's first token."""
         return np.concatenate([np.zeros(1, np.int64), self.ends[:-1]])
 
+    @property
+    def loud(self) -> np.ndarray | None:
+        """(N,) bool, which tokens are targets of the loss: `learned`, or all but `prompts`; None for all."""
+        if self.prompts is None:
+            return self.learned
+        sizes = self.ends - self.begins
+        return ranges(sizes) >= np.repeat(self.prompts, sizes)
+
 
 def windows(documents: Documents, kind: Windows, length: int, where: Sequence[str] = ()) -> Split:
     """A split of windows with `length` inputs each.
 
     Args:
-      documents: what is read. Labels need "padded", and prompts "packed" or "padded".
+      documents: what is read. Labels need "padded", and what is not learned "packed" or "padded".
       kind: "contiguous": documents are one long text; inputs (B, length) int32. In the two others, inputs are
         {"tokens", "segments", "positions"}, each (B, length) int32: segments count the documents of a window from 1 on,
         with 0 for padding, and positions start at 0 in each. "packed": as many documents a window as fit, and longer
-        ones in pieces; each token but the first of a document is a target once, or never where the prompt has it.
+        ones in pieces; each token but the first of a document is a target once, or never where it is not learned.
         "padded": one document a window, cut to `length`.
       length: inputs in a window.
       where: (D,) where each document was read, for messages.
 
     Returns:
-      A split whose targets and weights are (B, length); or (B,), with labels, for "padded".
+      A split whose targets and weights are (B, length); or (B,), with labels, for "padded". With `seconds`, inputs
+      have {"types"}, too, (B, length) int32: 1 for the second text of a pair.
 
     Raises:
-      UserError: labels or prompts with another kind; too many windows; no window has a target; or the prompt of a
-        document of "padded" leaves no room for one.
+      UserError: labels, or what is not learned, with another kind; too many windows; no window has a target; or a
+        document of "padded" has none in the window.
     """
     if documents.labels is not None and kind != "padded":
         raise UserError(f"data.windows={kind!r}: with labels each window has one text. Use windows='padded'.")
-    if documents.prompts is not None and kind == "contiguous":
+    loud = documents.loud
+    if loud is not None and kind == "contiguous":
         raise UserError("data.windows='contiguous' would learn the prompts, too. Use windows='packed' or 'padded'.")
     if kind == "packed":
-        return packed_split(documents.tokens, documents.begins, documents.ends, documents.prompts, length)
+        return packed_split(documents.tokens, documents.begins, documents.ends, loud, length)
     if kind == "padded":
-        return _padded(documents, length, where)
+        return _padded(documents, loud, length, where)
     tokens = documents.tokens
     if tokens.size < 2:
         raise nothing()
     return window_split(tokens, length) if isinstance(tokens, np.ndarray) else _stored_windows(tokens, length)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], closed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode(
+    tokenizer: Tokenizer, texts: Sequence[str], closed: np.ndarray, opened: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Texts as tokens, one after the other.
 
     Args:
       tokenizer: what encodes; each text by itself.
       texts: P of them.
       closed: (P,) bool, after which of them the tokenizer's `end` stands.
+      opened: (P,) bool, before which of them the tokenizer's `begin` stands; None for none.
 
     Returns:
       The tokens (N,), and the place (P,) int64 after the last of each text.
     """
     found = encode_many(tokenizer, texts)
-    sizes = np.array([len(ids) for ids in found], np.int64)
-    places = np.cumsum(sizes + closed)
-    if not closed.any():
+    opened = np.zeros(len(texts), bool) if opened is None else opened
+    sizes = np.array([len(ids) for ids in found], np.int64) + closed + opened
+    places = np.cumsum(sizes)
+    if not closed.any() and not opened.any():
         return np.concatenate(found), places
-    tokens = np.full(places[-1], tokenizer.end, found[0].dtype)
+    tokens = np.zeros(places[-1], found[0].dtype)
     is_text = np.ones(len(tokens), bool)
-    is_text[places[closed] - 1] = False
+    for marked, at, token in ((closed, places - 1, tokenizer.end), (opened, places - sizes, tokenizer.begin)):
+        if marked.any():
+            tokens[at[marked]] = token
+            is_text[at[marked]] = False
     tokens[is_text] = np.concatenate(found)
     return tokens, places
 
@@ -158,25 +179,33 @@ def _prepare_stored(rows: Rows, index: Any) -> Batch:
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": real.astype(np.float32)}
 
 
-def _padded(documents: Documents, length: int, where: Sequence[str]) -> Split:
-    sizes = np.minimum(documents.ends - documents.begins, length + (documents.labels is None)).astype(np.int32)
-    prompts = documents.prompts
-    if prompts is not None and (full := prompts >= sizes).any():
-        worst = int(full.argmax())
-        raise UserError(
-            f"{where[worst] if where else f'Document {worst}'}: the prompt alone has {prompts[worst]} tokens, which "
-            f"leaves nothing of the completion in a window of data.length={length}. Use a larger length, or "
-            "windows='packed'."
-        )
-    if documents.labels is None and (sizes <= (1 if prompts is None else np.maximum(prompts, 1))).all():
+def _padded(documents: Documents, loud: np.ndarray | None, length: int, where: Sequence[str]) -> Split:
+    starts = documents.begins
+    sizes = np.minimum(documents.ends - starts, length + (documents.labels is None)).astype(np.int32)
+    targets = np.maximum(sizes - 1, 0)
+    if loud is not None:
+        before = np.concatenate([np.zeros(1, np.int64), np.cumsum(loud)])
+        heard = before[starts + sizes]
+        targets = heard - before[starts + np.minimum(sizes, 1)]
+        if (silent := heard == before[starts]).any():
+            worst = int(silent.argmax())
+            whole = loud[starts[worst] : documents.ends[worst]]
+            raise UserError(
+                f"{where[worst] if where else f'Document {worst}'}: the prompt alone has "
+                f"{whole.argmax() if whole.any() else len(whole)} tokens, which leaves nothing of the completion in a "
+                f"window of data.length={length}. Use a larger length, or windows='packed'."
+            )
+    if documents.labels is None and not targets.any():
         raise nothing()
+    columns = {"label": documents.labels, "second": documents.seconds}
     gather = functools.partial(
         _gather_padded,
         tokens=documents.tokens,
         width=length + (documents.labels is None),
-        starts=documents.begins,
+        starts=starts,
         sizes=sizes,
-        columns={k: v for k, v in (("label", documents.labels), ("prompt", prompts)) if v is not None},
+        loud=loud,
+        columns={name: column for name, column in columns.items() if column is not None},
     )
     return stored_split(len(sizes), gather, _prepare_padded if documents.labels is None else _prepare_labelled)
 
@@ -188,14 +217,25 @@ def _gather_padded(
     width: int,
     starts: np.ndarray,
     sizes: np.ndarray,
+    loud: np.ndarray | None,
     columns: Mapping[str, np.ndarray],
 ) -> Rows:
-    """{"tokens": (B, width), zeros after the document, "size": (B,) int32, its tokens there; `columns`: (B,)}."""
+    """{"tokens": (B, width), zeros after the document, "size": (B,) int32, its tokens there; `columns`: (B,)}.
+
+    With `loud`, {LOUD: (B, width) bool}, too: which of the tokens are targets of the loss.
+    """
     rows = index.clip(0)
     found, sound = read_rows(tokens, starts[rows], width)
     size = sizes[rows]
-    found = found * (np.arange(width, dtype=np.int32)[None] < size[:, None])
-    return {"tokens": found, "size": size, **{k: v[rows] for k, v in columns.items()}, **skipped(sound)}
+    there = np.arange(width, dtype=np.int32)[None] < size[:, None]
+    heard = {} if loud is None else {LOUD: read_rows(loud, starts[rows], width)[0] & there}
+    return {
+        "tokens": found * there,
+        "size": size,
+        **heard,
+        **{k: v[rows] for k, v in columns.items()},
+        **skipped(sound),
+    }
 
 
 def _prepare_padded(rows: Rows, index: Any) -> Batch:
@@ -204,15 +244,19 @@ def _prepare_padded(rows: Rows, index: Any) -> Batch:
     batch = _padded_inputs(tokens[:, :-1], rows["size"] - 1)
     places = batch["positions"] + 1
     real = (index >= 0)[:, None] & (places < rows["size"][:, None])
-    if "prompt" in rows:
-        real &= places >= rows["prompt"][:, None]
+    if LOUD in rows:
+        real &= rows[LOUD][:, 1:]
     return {"inputs": batch, "targets": tokens[:, 1:], "weights": real.astype(np.float32)}
 
 
 def _prepare_labelled(rows: Rows, index: Any) -> Batch:
     """Inputs a dict of (B, length) int32, targets (B,) int32, weights (B,) float32."""
+    inputs = _padded_inputs(rows["tokens"].astype(np.int32), rows["size"])
+    if "second" in rows:
+        later = inputs["positions"] >= rows["second"][:, None]
+        inputs["types"] = later.astype(np.int32) * inputs["segments"]
     return {
-        "inputs": _padded_inputs(rows["tokens"].astype(np.int32), rows["size"]),
+        "inputs": inputs,
         "targets": rows["label"],
         "weights": (index >= 0).astype(np.float32),
     }

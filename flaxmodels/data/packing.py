@@ -10,22 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxmodels.data.split import Batch, Rows, Split
-from flaxmodels.data.token_rows import Stored, places_of, ranges, skipped, stored_split
+from flaxmodels.data.token_rows import LOUD, Stored, places_of, ranges, skipped, stored_split
 
 
 def packed_split(
-    tokens: np.ndarray | Stored, begins: np.ndarray, ends: np.ndarray, prompts: np.ndarray | None, length: int
+    tokens: np.ndarray | Stored, begins: np.ndarray, ends: np.ndarray, loud: np.ndarray | None, length: int
 ) -> Split:
-    """A split of "packed" windows; see `documents.windows`."""
+    """A split of "packed" windows; see `documents.windows`. `loud`: (N,) bool, which tokens are targets of the loss."""
     sizes = np.maximum(ends - begins - 1, 0)
     counts = -(-sizes // length)
     owner = np.repeat(np.arange(len(counts)), counts)
     nth = ranges(counts) * length
     starts, sizes = begins[owner] + nth, np.minimum(sizes[owner] - nth, length).astype(np.int32)
-    silent = None
-    if prompts is not None:
-        silent = np.clip(prompts[owner] - 1 - nth, 0, sizes).astype(np.int32)
-        starts, sizes, silent = (a[silent < sizes] for a in (starts, sizes, silent))
+    if loud is not None:
+        before = np.cumsum(loud)
+        heard = before[starts + sizes] > before[starts]
+        starts, sizes = starts[heard], sizes[heard]
     window = in_order(pack(sizes, length), starts)
     order = np.lexsort((starts, window))
     counts = np.bincount(window)
@@ -36,7 +36,7 @@ def packed_split(
         first=np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)]),
         starts=starts[order],
         sizes=sizes[order],
-        silent=None if silent is None else silent[order],
+        loud=loud,
         number=np.min_scalar_type(counts.max(initial=0)),
     )
     return stored_split(len(counts), gather, _prepare)
@@ -106,13 +106,12 @@ def _gather(
     first: np.ndarray,
     starts: np.ndarray,
     sizes: np.ndarray,
-    silent: np.ndarray | None,
+    loud: np.ndarray | None,
     number: np.dtype[Any],
 ) -> Rows:
-    """{"tokens", "targets", "segments", and "loud" with prompts: which targets count}, each (B, length).
+    """{"tokens", "targets", "segments", and with `loud` LOUD: which targets count}, each (B, length).
 
-    Window i has the pieces first[i] to first[i + 1]; a piece has `sizes` inputs from the token `starts` on, and the
-    loss leaves out its first `silent` targets.
+    Window i has the pieces first[i] to first[i + 1]; a piece has `sizes` inputs from the token `starts` on.
     """
     rows = index.clip(0)
     counts = first[rows + 1] - first[rows]
@@ -135,8 +134,8 @@ def _gather(
         "targets": lay(targets),
         "segments": lay(np.repeat(nth + 1, size).astype(number)),
     }
-    if silent is not None:
-        whole["loud"] = lay(within >= np.repeat(silent[piece], size))
+    if loud is not None:
+        whole[LOUD] = lay(loud[np.repeat(starts[piece], size) + within + 1])
     return whole | skipped(None if sound is None else np.bincount(row, sound, len(rows)) == counts)
 
 
@@ -166,7 +165,7 @@ def _prepare(rows: Rows, index: Any) -> Batch:
     places = places_of(segments)
     begins = jnp.concatenate([segments[:, :1] >= 0, segments[:, 1:] != segments[:, :-1]], axis=1)
     positions = places - jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-    real = (index >= 0)[:, None] & (segments > 0) & rows.get("loud", True)
+    real = (index >= 0)[:, None] & (segments > 0) & rows.get(LOUD, True)
     return {
         "inputs": {"tokens": rows["tokens"].astype(np.int32), "segments": segments, "positions": positions},
         "targets": rows["targets"].astype(np.int32),

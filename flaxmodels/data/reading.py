@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from flaxmodels.data import chat
+from flaxmodels.data.chat import Message
 from flaxmodels.data.text_files import check_encoding, decoded, find, lines
 from flaxmodels.registry import UserError, suggest
 
@@ -43,11 +45,13 @@ class Record:
     """What one line, row or piece of a file says.
 
     Attributes:
-      text: the text; of a prompt with a completion, the prompt.
+      text: the text; of a prompt with a completion, the prompt; of a pair, the first; of a conversation, "".
       label: its class, if it has one.
       completion: what follows a prompt.
       where: "file:line" of its first line; in parquet, of its row.
       last: False where more pieces of the same document follow.
+      second: the second text of a pair.
+      messages: of a conversation; () where it is none.
     """
 
     text: str
@@ -55,6 +59,8 @@ class Record:
     completion: str | None = None
     where: str = ""
     last: bool = True
+    second: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 def read(
@@ -65,6 +71,8 @@ def read(
     label: str | None = None,
     prompt: str | None = None,
     completion: str | None = None,
+    pair: str | None = None,
+    messages: str | None = None,
     encoding: str = "utf-8",
     key: str = "data.path",
 ) -> Iterator[Record]:
@@ -82,6 +90,8 @@ def read(
         file's name, or its suffix where all stems are equal.
       prompt: the column of prompts; with `completion`, instead of `text`.
       completion: the column of what follows the prompts.
+      pair: the column of second texts, with `text` and `label`: what has the label is the pair.
+      messages: the column of conversations (see `chat.checked`), alone; for jsonl and parquet.
       encoding: of all but parquet.
       key: the option that `path` is from, for messages.
 
@@ -101,14 +111,21 @@ def read(
         return _examples(files, encoding, label)
     if kind not in KINDS:
         raise UserError(f"{kind!r} is not a kind of file. {suggest(kind, KINDS)}")
-    pair = prompt is not None or completion is not None
-    if pair and text is not None:
+    prompted = prompt is not None or completion is not None
+    if prompted and text is not None:
         raise UserError(f"data.text={text!r} and data.prompt={prompt!r} are both set: use one, or the other.")
-    if pair and label is not None:
+    if prompted and label is not None:
         raise UserError(f"data.label={label!r} means nothing beside data.prompt and data.completion: leave it out.")
-    columns = {"prompt": prompt, "completion": completion} if pair else {"text": text}
-    if label is not None:
-        columns["label"] = label
+    if pair is not None and label is None:
+        raise UserError(f"data.pair={pair!r} is the second text of what has a label: set data.text and data.label.")
+    columns = {"prompt": prompt, "completion": completion} if prompted else {"text": text}
+    others = {"label": label, "pair": pair}
+    columns |= {option: column for option, column in others.items() if column is not None}
+    if messages is not None:
+        if alone := {option: column for option, column in columns.items() if column is not None}:
+            option, column = next(iter(alone.items()))
+            raise UserError(f"data.{option}={column!r} means nothing beside data.messages={messages!r}: leave it out.")
+        columns = {"messages": messages}
     return _records(kind, files, columns, encoding)
 
 
@@ -193,6 +210,8 @@ def _records(kind: str, files: Sequence[Path], columns: Mapping[str, str | None]
 
 
 def _record(values: Mapping[str, Any], columns: Mapping[str, str | None], where: str) -> Record:
+    if "messages" in values:
+        return Record("", where=where, messages=chat.checked(values["messages"], where))
     label = values.get("label")
     if isinstance(label, str):
         label = label.strip()  # " a" and "a" would be two classes that look alike
@@ -215,7 +234,8 @@ def _record(values: Mapping[str, Any], columns: Mapping[str, str | None], where:
                 f"Name a column of texts in data.{option}, or write its values as strings."
             )
     text = values["text"] if "text" in values else values["prompt"]
-    return Record(text, int(label) if isinstance(label, bool) else label, values.get("completion"), where)
+    label = int(label) if isinstance(label, bool) else label
+    return Record(text, label, values.get("completion"), where, second=values.get("pair"))
 
 
 def _find(columns: Mapping[str, str | None], names: Sequence[str], where: str, more: str = "") -> list[int]:

@@ -15,6 +15,8 @@ import numpy as np
 
 Rows = dict[str, Any]
 Batch = dict[str, Any]
+# (batch, keys (B,)) -> a batch of the same shapes and dtypes. Traceable.
+Draw = Callable[[Batch, Any], Batch]
 
 # The name of an optional entry of rows, (B,) bool: examples that could not be read, and are to be left out. They count
 # as padding, of weight 0, in their place, so that the order of all others stays what it was.
@@ -79,8 +81,16 @@ class Tokenizer(Protocol):
         """The id that ends a document; None where there is none."""
 
     @property
+    def begin(self) -> int | None:
+        """The id that begins a text, for models that were trained so; None where there is none."""
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Id of each special token, by its name; of ours without `end`, which has none."""
+
+    @property
     def token_bytes(self) -> tuple[int, ...]:
-        """(size,) UTF-8 bytes of each token; 0 for `end`."""
+        """(size,) UTF-8 bytes of each token; 0 for special ones."""
 
     @property
     def fingerprint(self) -> str:
@@ -110,6 +120,8 @@ class Source:
         targets it says {"values": "numbers"}, or "probabilities", the shares of classes.
       labels: names of the classes, in the order of their numbers; () where nobody knows them.
       tokenizer: of text; None where examples are no text.
+      draw: what `objectives` draws anew for each training batch, such as the tokens that are masked. In `test` it is
+        drawn already, and the same at each evaluation. None: nothing.
     """
 
     name: str
@@ -122,6 +134,7 @@ class Source:
     transforms: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     labels: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
+    draw: Draw | None = None
 
     @property
     def nbytes(self) -> int:

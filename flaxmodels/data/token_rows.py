@@ -9,6 +9,9 @@ import numpy as np
 from flaxmodels.data.split import SKIP, Batch, Rows, Split
 from flaxmodels.registry import UserError
 
+# The name of an optional entry of rows: which tokens are targets of the loss, where some are not.
+LOUD = "loud"
+
 
 class Stored(Protocol):
     """Tokens on disk that look like a flat array: `token_files.TokenFiles`."""

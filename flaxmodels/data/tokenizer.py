@@ -5,6 +5,7 @@ library writes it, so that the files of others load too. Read `make` first.
 """
 
 import collections
+import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from flaxmodels.registry import UserError
 Kind = Literal["bytes", "characters", "words", "bpe"]
 KINDS: tuple[str, ...] = get_args(Kind)
 FILE = "tokenizer.json"
+OURS = (BytePairs, Bytes, Characters, Words)  # what `save` writes
 
 
 def encode_many(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
@@ -59,6 +61,22 @@ def make(
             f"{', '.join(ENDS[:-1])} or {ENDS[-1]}. Train another, for example with data.tokens=bpe."
         )
     return tokenizer
+
+
+def extended(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
+    """The tokenizer with special tokens of these names: those that it lacks come after all others, in this order.
+
+    Raises:
+      UserError: it lacks some, and is not one that `train` or `load` made.
+    """
+    new = tuple(name for name in dict.fromkeys(names) if name not in tokenizer.special)
+    if not new:
+        return tokenizer
+    if isinstance(tokenizer, BytePairs):
+        return tokenizer.extended(new)
+    if isinstance(tokenizer, Bytes | Characters | Words):
+        return dataclasses.replace(tokenizer, marks=(*tokenizer.marks, *new))
+    raise UserError(f"{type(tokenizer).__name__} has no special token {new[0]!r}, and none can be added to it.")
 
 
 def train(
@@ -168,12 +186,13 @@ def _ours(described: Mapping[str, Any], file: Path) -> Tokenizer:
     made: Bytes | Characters | Words | None = None
     try:
         kind, documents = described["kind"], described["documents"] is True
+        marks = tuple(map(str, described.get("special", ())))
         if kind == "bytes":
-            made = Bytes(documents)
+            made = Bytes(documents, marks)
         elif kind == "characters":
-            made = Characters(tuple(map(chr, described["characters"])), documents)
+            made = Characters(tuple(map(chr, described["characters"])), documents, marks)
         elif kind == "words":
-            made = Words(tuple(map(str, described["words"])), documents)
+            made = Words(tuple(map(str, described["words"])), documents, marks)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{file} is damaged: {error!r}. Copy or prepare it again.") from error
     if made is None or made.described != described:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ from flaxmodels.data.split import fingerprint
 from flaxmodels.registry import UserError
 
 UNKNOWN = "<unk>"
+# What the special token that begins a text may be called; where one is added, it is the first.
+BEGINS = ("[CLS]", "<s>", "<|begin_of_text|>", "<bos>")
 # A word or number, one mark, or the end of a line. Other white space separates, and is not kept.
 WORD = re.compile(r"\w+|[^\w\s]|\n")
 # Where `Words.decode` puts no space: before the first, and after the second. "'" is mostly that of "it's".
@@ -22,16 +24,48 @@ _CUT = re.compile(r"\S(?= \S)|(?<=\S)\n(?=\S)")
 _PIECE = 2**12
 
 
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """UTF-8 bytes; with `documents`, 256 ends one."""
+class _Special:
+    """The tokens that stand for no text: `marks`, the last ids."""
 
-    documents: bool = False
+    marks: tuple[str, ...]
 
     @property
     def size(self) -> int:
-        """256, and one more with `documents`."""
-        return 256 + self.documents
+        """Number of all tokens."""
+        raise NotImplementedError
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Id of each of `marks`."""
+        return dict(zip(self.marks, range(self.size - len(self.marks), self.size)))
+
+    @property
+    def begin(self) -> int | None:
+        """The id of the first of `BEGINS` that it has."""
+        return next((self.special[name] for name in BEGINS if name in self.marks), None)
+
+    @property
+    def _marked(self) -> dict[str, Any]:
+        """What `described` says of them: nothing where there are none."""
+        return {"special": list(self.marks)} if self.marks else {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes(_Special):
+    """UTF-8 bytes; with `documents`, 256 ends one.
+
+    Attributes:
+      documents: whether there is an `end`.
+      marks: names of special tokens, after all others.
+    """
+
+    documents: bool = False
+    marks: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> int:
+        """256, one more with `documents`, and `marks`."""
+        return 256 + self.documents + len(self.marks)
 
     @property
     def end(self) -> int | None:
@@ -40,13 +74,13 @@ class Bytes:
 
     @property
     def token_bytes(self) -> tuple[int, ...]:
-        """(size,) bytes of each token; 0 for `end`."""
-        return (1,) * 256 + (0,) * self.documents
+        """(size,) bytes of each token; 0 for `end` and special tokens."""
+        return (1,) * 256 + (0,) * (self.size - 256)
 
     @property
     def described(self) -> dict[str, Any]:
         """What `save` writes."""
-        return {"flaxmodels": 1, "kind": "bytes", "documents": self.documents}
+        return {"flaxmodels": 1, "kind": "bytes", "documents": self.documents, **self._marked}
 
     @property
     def fingerprint(self) -> str:
@@ -58,27 +92,29 @@ class Bytes:
         return np.frombuffer(utf8(text), np.uint8).astype(dtype(self.size), copy=False)
 
     def decode(self, ids: Any) -> str:
-        """The text of ids (N,); bytes that are not UTF-8 become the replacement character, `end` nothing."""
+        """The text of ids (N,); bytes that are not UTF-8 become the replacement character, special tokens nothing."""
         ids = np.asarray(ids)
         return ids[ids < 256].astype(np.uint8).tobytes().decode("utf-8", "replace")
 
 
 @dataclasses.dataclass(frozen=True)
-class Characters:
+class Characters(_Special):
     """One id for each character, in the order of code points.
 
     Attributes:
       characters: id -> character.
-      documents: whether a last id, that of no character, ends a document.
+      documents: whether the id after these, that of no character, ends a document.
+      marks: names of special tokens, after all others.
     """
 
     characters: tuple[str, ...]
     documents: bool = False
+    marks: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """Number of characters, and one more with `documents`."""
-        return len(self.characters) + self.documents
+        """Number of characters, one more with `documents`, and `marks`."""
+        return len(self.characters) + self.documents + len(self.marks)
 
     @property
     def end(self) -> int | None:
@@ -87,14 +123,15 @@ class Characters:
 
     @property
     def token_bytes(self) -> tuple[int, ...]:
-        """(size,) UTF-8 bytes of each character; 0 for `end`."""
-        return (*map(width, self.characters), *(0,) * self.documents)
+        """(size,) UTF-8 bytes of each character; 0 for `end` and special tokens."""
+        return (*map(width, self.characters), *(0,) * (self.size - len(self.characters)))
 
     @property
     def described(self) -> dict[str, Any]:
         """What `save` writes: code points, which JSON can't garble."""
         points = [ord(c) for c in self.characters]
-        return {"flaxmodels": 1, "kind": "characters", "documents": self.documents, "characters": points}
+        said = {"flaxmodels": 1, "kind": "characters", "documents": self.documents, "characters": points}
+        return said | self._marked
 
     @property
     def fingerprint(self) -> str:
@@ -122,28 +159,30 @@ class Characters:
         return ids.astype(dtype(self.size))
 
     def decode(self, ids: Any) -> str:
-        """The text of ids (N,); `end` is nothing."""
+        """The text of ids (N,); `end` and special tokens are nothing."""
         ids = np.asarray(ids, np.int64)
         known = code_points("".join(self.characters))
-        return known[ids[ids != self.end]].tobytes().decode("utf-32-le", "surrogatepass")
+        return known[ids[ids < len(known)]].tobytes().decode("utf-32-le", "surrogatepass")
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class Words(_Special):
     r"""Words, numbers, single marks and ends of lines: what `\w+|[^\w\s]|\n` finds. Other white space is not kept.
 
     Attributes:
       words: id -> word; id 0 is `UNKNOWN`, for all words that are not here.
-      documents: whether a last id, that of no word, ends a document.
+      documents: whether the id after these, that of no word, ends a document.
+      marks: names of special tokens, after all others.
     """
 
     words: tuple[str, ...]
     documents: bool = False
+    marks: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
-        """Number of words with `UNKNOWN`, and one more with `documents`."""
-        return len(self.words) + self.documents
+        """Number of words with `UNKNOWN`, one more with `documents`, and `marks`."""
+        return len(self.words) + self.documents + len(self.marks)
 
     @property
     def end(self) -> int | None:
@@ -152,16 +191,17 @@ class Words:
 
     @property
     def token_bytes(self) -> tuple[int, ...]:
-        """(size,) UTF-8 bytes of each word, without spaces; 0 for `end` and `UNKNOWN`, whose length nobody knows.
+        """(size,) UTF-8 bytes of each word, without spaces; 0 for `UNKNOWN`, whose length nobody knows.
 
-        So bits per byte count too few bytes: the figure is an upper bound.
+        So bits per byte count too few bytes: the figure is an upper bound. `end` and special tokens have none.
         """
-        return (0, *map(width, self.words[1:]), *(0,) * self.documents)
+        return (0, *map(width, self.words[1:]), *(0,) * (self.size - len(self.words)))
 
     @property
     def described(self) -> dict[str, Any]:
         """What `save` writes."""
-        return {"flaxmodels": 1, "kind": "words", "documents": self.documents, "words": list(self.words)}
+        said = {"flaxmodels": 1, "kind": "words", "documents": self.documents, "words": list(self.words)}
+        return said | self._marked
 
     @property
     def fingerprint(self) -> str:
@@ -179,10 +219,10 @@ class Words:
         return np.concatenate(ids)
 
     def decode(self, ids: Any) -> str:
-        """A readable text of ids (N,): words, with spaces where English has them; `end` is nothing."""
+        """A readable text of ids (N,): words, with spaces where English has them; special tokens are nothing."""
         parts, before = [], "\n"
         for i in np.asarray(ids, np.int64).tolist():
-            if i == self.end:
+            if i >= len(self.words):
                 continue
             word = self.words[i]
             parts.append(word if word in _CLOSING or before in _OPENING else " " + word)
