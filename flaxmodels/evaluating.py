@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from flaxmodels import optim, registry, resume, together
+from flaxmodels import basis, optim, registry, resume, together
 from flaxmodels.evaluate import evaluate
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError
@@ -47,6 +47,6 @@ def evaluate_checkpoint(
         peers.compare({"checkpoint": {"--step": step}})
         lowered, names = job.lower_eval()
         together.same_programs(job, {"of the evaluation": lowered})
-        state = checkpoints.restore(step, job.abstract)
+        state = basis.restored(checkpoints, step, job.abstract, job.origin)
     params = optim.parameters_average(state.opt_state, state.params)
     return step, *evaluate(lowered.compile(), params, state.extra, job.test.evaluation(), names)

@@ -17,8 +17,10 @@ from jax.sharding import Mesh
 
 from flaxmodels import (
     data,
+    freezing,
     guard,
     hardware,
+    lora,
     losses,
     metrics,
     models,
@@ -37,6 +39,7 @@ from flaxmodels.data.split import Source
 from flaxmodels.durations import Clock, parse
 from flaxmodels.filling import fill
 from flaxmodels.guard import Guard
+from flaxmodels.lora import Lora
 from flaxmodels.precision import Policy
 from flaxmodels.registry import UserError
 from flaxmodels.sections import Cadence
@@ -121,9 +124,13 @@ class Job:
 
     @property
     def gradient(self) -> Gradient:
-        """Of a batch, in as many parts as the config says."""
-        gradient = step.make_gradient(step.make_apply(self.model, self.policy), self.losses[0])
-        return step.accumulated(gradient, self.cadence.microbatches)
+        """Of a batch, in as many parts as the config says, of the parameters that it does not freeze."""
+
+        def make(apply: step.Apply) -> Gradient:
+            return step.accumulated(step.make_gradient(apply, self.losses[0]), self.cadence.microbatches)
+
+        apply, rules = step.make_apply(self.model, self.policy), self.config["optim"].get("rules", ())
+        return freezing.freezing(make, apply, optim.frozen(rules)) if rules else make(apply)
 
     def update(self, around: Callable[[Gradient], Gradient] = lambda gradient: gradient) -> tuple[Step, list[str]]:
         """The program of `lower_train` with `around` its gradient; and, once it is traced, the names of its metrics."""
@@ -202,14 +209,15 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
         checked["model"], source, precision=written["precision"], compute=policy.compute,
         chunks=checked["loss"].get("chunks", 1),
     )  # fmt: skip
-    model = models.build(**options)
+    bare = models.build(**options)
+    model = lora.adapted(bare, Lora(**checked["lora"]), policy.compute)
     policy = dataclasses.replace(policy, compute=options.get("dtype", policy.compute))
     tx, schedule = optim.make(**checked["optim"], total_steps=cadence.duration)
     axes, why = ({}, "") if asked else _automatic(model, tx, source, written, policy, devices)
     mesh = sharding.make_mesh(**written["mesh"] | axes, devices=devices)
     _check_batches(mesh, written)
     source, train, test, placed = _feeds(source, mesh, batching)
-    augmented = augment.make(batching["augment"], seed=written["seed"], facts=source.facts)
+    augmented = augment.make(batching["augment"], seed=written["seed"], facts=source.facts, draw=source.draw)
     index = jax.ShapeDtypeStruct((train.batch_size,), "int32")
     jax.eval_shape(augmented, train.example(), index, jax.ShapeDtypeStruct((), "int32"))  # does it fit the data?
     rules = sections.rules(**checked["sharding"])
@@ -220,8 +228,9 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
         )  # fmt: skip
     if not jax.tree.leaves(abstract.params):
         raise UserError(f"model.name={written['model']['name']!r} has no parameters: there is nothing to train.")
-    whole = sharding.replicated_report(abstract.params, rules=rules)
-    whole += sharding.padding_report(abstract.params, rules=rules, fields=registry.parameters([type(model)]))
+    every = state.parameters(abstract.params, abstract.extra)
+    whole = sharding.replicated_report(every, rules=rules)
+    whole += sharding.padding_report(every, rules=rules, fields=registry.parameters([type(bare)]))
     cut = [part["texts cut"] for part in _transforms(source) if "texts cut" in part]
     lost = (f"texts longer than data.length, which lose their ends: {', '.join(cut)}",) if cut else ()
     return Job(
@@ -233,6 +242,7 @@ def assemble(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = N
         notes=(
             f"mesh: {sharding.describe(mesh, written['mesh'].get('num_slices'))}{why}",
             *_chosen(policy, model, mesh, train.example()["inputs"]), placed, *lost, *whole,
+            *lora.report(abstract.params, abstract.extra),
         ),
     )  # fmt: skip
 
@@ -318,7 +328,7 @@ def _automatic(
     """Axes for the size of the state and the memory of the devices; and why, for the log."""
     if len(devices) == 1:
         return {}, ""
-    memory, params, held = hardware.memory(devices[0]), None, 0
+    memory, params, every, held = hardware.memory(devices[0]), None, None, 0
     if memory is not None:  # elsewhere nothing depends on the size, and tracing a model takes its time
         batch = Feed(source.train, sharding.make_mesh(devices=devices[:1]), 1, resident=False).example()
         with bad_fit():
@@ -326,10 +336,11 @@ def _automatic(
                 partial(state.create, model, tx, param_dtype=policy.param), batch["inputs"], written["seed"]
             )
         params, held = shapes.params, _bytes(shapes)
+        every = state.parameters(params, shapes.extra)
     axes, why = sharding.automatic(
         devices, state_bytes=held, gradient_bytes=_bytes(params), memory=memory,
         batch_sizes=tuple(_batch_sizes(written).values()), num_slices=written["mesh"].get("num_slices"),
-        tensor_sizes=params and sharding.tensor_sizes(params),
+        tensor_sizes=every and sharding.tensor_sizes(every),
     )  # fmt: skip
     return axes, f" ({why})"
 

@@ -20,6 +20,8 @@ import jax
 from flaxmodels import capsule, memory, registry, resume, sections, sharding, together, watch
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.loading import WORKER
+from flaxmodels.inference import samples
+from flaxmodels.inference.samples import Sampler
 from flaxmodels.job import Job, assemble
 from flaxmodels.paths import path_of
 from flaxmodels.programs import Profiler, Programs
@@ -71,7 +73,7 @@ def fit(
 
     Args:
       config: sections "model", "loss", "optim", "data", "mesh", "sharding", "precision", "train", "guard",
-        "checkpoint", "start", and "seed".
+        "checkpoint", "start", "samples", and "seed".
       workdir: everything is written here; one folder that all processes see.
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
       allow_data_change: resume although the data are not those that the workdir was trained on.
@@ -108,6 +110,7 @@ def fit(
         removed = stack.enter_context(compile_cache.verified())  # before anything is compiled
         with progress.phase("data"):
             job = assemble(config, devices)
+        sampler = samples.make(job)
         if profiler is not None:
             profiler.check(job.total_steps)
             stack.callback(profiler.stop)
@@ -120,7 +123,7 @@ def fit(
         programs = Programs(job, train, evaluation, stack.enter_context(memory.explained(job)))
         context = Context(
             job, workdir, programs, checkpoints, stop, attempt, resolved, allow_data_change, (locked, *removed), stream,
-            profiler,
+            profiler, sampler,
         )  # fmt: skip
         while True:
             try:
@@ -144,6 +147,7 @@ class Context:
     found: tuple[str, ...]
     stream: TextIO | None
     profiler: Profiler | None
+    sampler: Sampler | None
 
 
 def _stretch(of: Context) -> Outcome:
@@ -167,6 +171,7 @@ def _stretch(of: Context) -> Outcome:
     progress.beat(start)
     if first:
         resume.write_config(of.workdir, of.resolved)
+        resume.write_tokenizer(of.workdir, job.source.tokenizer)
     with Writers(
         of.workdir,
         total_steps=job.total_steps,
@@ -183,7 +188,7 @@ def _stretch(of: Context) -> Outcome:
         decision = agreement.make(of.stop, of.checkpoints.late, job.mesh)
         run = Run(
             job, of.workdir, of.programs, of.checkpoints, writers, decision, looking, remembered, of.resolved,
-            of.profiler,
+            of.profiler, of.sampler,
         )  # fmt: skip
         step, going = run.begin(state), True
         while going:

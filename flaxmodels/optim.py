@@ -113,7 +113,8 @@ def make(
         that is searched for in the parameter's path.
       clip_norm: largest global norm of the gradients; None does not clip.
       rules: ((regex, {"learning_rate": multiplier, "weight_decay": value, "freeze": bool}), ...); the first rule whose
-        regex is found in a parameter's path holds. Frozen parameters have no optimizer state.
+        regex is found in a parameter's path holds. Frozen parameters have no optimizer state, and a job computes no
+        gradient of them (`frozen`).
       average: decay of an exponential moving average of the parameters, which evaluation then uses (with BatchNorm's
         running statistics as they are: these are averages already).
       moments: dtype in which first moments, or momentum, are kept. "bfloat16" saves a quarter of Adam's state, and half
@@ -184,6 +185,12 @@ def targets(name: str, schedule: str) -> tuple[Callable[..., optax.GradientTrans
     return registry.pick(OPTIMIZERS, name, "optim.name"), registry.pick(SCHEDULES, schedule, "optim.schedule")
 
 
+def frozen(rules: Rules) -> Callable[[str], bool]:
+    """Path of a parameter -> whether it is frozen by the option `rules` of `make`, whose first match holds."""
+    table = tuple(_Rule.parse(pattern, settings) for pattern, settings in rules)
+    return lambda path: _first(path, table).freeze
+
+
 class _Rule(NamedTuple):
     pattern: str
     learning_rate: float = 1.0
@@ -204,7 +211,11 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
 
 
 def _rule_of(keys: tuple[Any, ...], table: tuple[_Rule, ...]) -> _Rule:
-    return next((rule for rule in table if re.search(rule.pattern, path_of(keys))), _Rule(""))
+    return _first(path_of(keys), table)
+
+
+def _first(path: str, table: tuple[_Rule, ...]) -> _Rule:
+    return next((rule for rule in table if re.search(rule.pattern, path)), _Rule(""))
 
 
 def _matched(params: Any, table: tuple[_Rule, ...]) -> Any:

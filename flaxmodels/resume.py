@@ -13,8 +13,10 @@ from typing import Any
 
 import jax
 
-from flaxmodels import guard, manifest, warm
+from flaxmodels import basis, guard, lora, manifest, registry, warm
 from flaxmodels.checkpoint import Checkpoints, versions
+from flaxmodels.data import tokenizer
+from flaxmodels.data.split import Tokenizer
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
 from flaxmodels.runtime import peers
@@ -24,7 +26,7 @@ from flaxmodels.state import TrainState
 # data is not found by the keys of its section, but by its content (`same_data`).
 FREE_KEYS = (
     "train.log_every", "train.eval_every", "train.patience", "train.steps_per_dispatch", "checkpoint.", "mesh.",
-    "sharding.", "data.", "loss.chunks", "start.", "guard.max_bad_steps", "guard.capsules",
+    "sharding.", "data.", "loss.chunks", "start.", "guard.max_bad_steps", "guard.capsules", "samples.",
 )  # fmt: skip
 # Fields of `Job.identity` that decide what an evaluation sees.
 EVALUATED = ("source", "options", "content", "test examples", "transforms", "tokenizer", "labels")
@@ -42,6 +44,7 @@ class Memory:
       best: the best value of the watched metric.
       stale: evaluations since then.
       origin: "WORKDIR:STEP" of the checkpoint that the first state was started from; "" where it was new.
+      base: of the base that came from there and that checkpoints leave out: see `basis.described`; {} of any other.
     """
 
     pending: dict[str, list[float]] = dataclasses.field(default_factory=dict)
@@ -49,14 +52,18 @@ class Memory:
     best: float | None = None
     stale: int = 0
     origin: str = ""
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def meta(job: Job, memory: Memory, resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """What is saved as JSON with each checkpoint."""
+    """What is saved as JSON with each checkpoint; "model" with the fields, too, that the config leaves to the data."""
+    model = lora.bare(job.model)
+    fields = [name for name in registry.parameters([type(model)]) if hasattr(model, name)]
     return {
         "memory": dataclasses.asdict(memory),
         "data": job.identity,
         "config": storable(resolved),
+        "model": storable({"name": job.config["model"]["name"]} | {name: getattr(model, name) for name in fields}),
     }
 
 
@@ -144,7 +151,7 @@ def start(
     if data_changes(job, found, EVALUATED):  # what was best was so on other data
         memory = dataclasses.replace(memory, best=None, stale=0)
     notes = [f"going on with other data: {changes}"] * bool(changes) + version_changes(found)
-    return checkpoints.restore(newest, job.abstract), memory, tuple(notes)
+    return basis.restored(checkpoints, newest, job.abstract, job.origin), memory, tuple(notes)
 
 
 def _begin(job: Job, *, allow_data_change: bool) -> tuple[TrainState, Memory, tuple[str, ...]]:
@@ -161,7 +168,8 @@ def _begin(job: Job, *, allow_data_change: bool) -> tuple[TrainState, Memory, tu
         )
     begun = warm.begin(job.origin, entry, job.fresh, job.abstract, guard.init_of(job.tx, job.guard).init)
     notes = [f"going on with another vocabulary: {changes}"] * bool(changes) + version_changes(entry.meta)
-    return begun.state, Memory(origin=begun.origin), (*begun.notes, *notes)
+    base = basis.described(job.origin, begun.state.extra)
+    return begun.state, Memory(origin=begun.origin, base=base), (*begun.notes, *notes)
 
 
 def version_changes(found: Mapping[str, Any]) -> list[str]:
@@ -171,7 +179,8 @@ def version_changes(found: Mapping[str, Any]) -> list[str]:
       found: the meta of the checkpoint.
     """
     old, now = found.get("versions", {}), versions()
-    differ = [name for name in {**old, **now} if old.get(name) != now.get(name)]
+    # A directory of Hugging Face says nothing of what made it.
+    differ = [name for name in {**old, **now} if old and old.get(name) != now.get(name)]
     said = "; ".join(f"{name} was {old.get(name, 'not there')}, is {now.get(name, 'not there')}" for name in differ)
     return [f"warning: other versions than those that the checkpoint was saved with: {said}"] if differ else []
 
@@ -225,10 +234,19 @@ def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) 
 
 def write_config(workdir: Path, resolved: Mapping[str, Any]) -> None:
     """Write the config beside the checkpoints, with versions; whole or not at all, and not where it stands there."""
-    text = json.dumps({"config": storable(resolved), "versions": versions()}, indent=1) + "\n"
-    file, new = workdir / "config.json", workdir / "config.tmp"
+    _write(workdir / "config.json", json.dumps({"config": storable(resolved), "versions": versions()}, indent=1) + "\n")
+
+
+def write_tokenizer(workdir: Path, made: Tokenizer | None) -> None:
+    """Write the tokenizer there, too, so that who generates needs no data; not one that is of a user's own making."""
+    if isinstance(made, tokenizer.OURS):
+        _write(workdir / tokenizer.FILE, tokenizer.dump(made))
+
+
+def _write(file: Path, text: str) -> None:
     if file.exists() and file.read_bytes() == text.encode():
         return
-    new.write_text(text)
+    new = file.with_suffix(".tmp")
+    new.write_text(text, encoding="utf-8")
     manifest.sync(new)
     new.replace(file)

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxmodels import bottleneck, capsule, guard, metrics, optim, resume
+from flaxmodels import bottleneck, capsule, guard, lora, metrics, optim, resume
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.evaluate import StoppedError, evaluate
+from flaxmodels.inference.samples import Sampler
 from flaxmodels.job import Job
 from flaxmodels.programs import Profiler, Programs
 from flaxmodels.registry import UserError
@@ -59,6 +60,7 @@ class Run:
       memory: of the restored checkpoint, or new.
       resolved: the config, for the checkpoints.
       profiler: what watches some of the dispatches, or None.
+      sampler: what writes texts at each evaluation, or None.
 
     Attributes:
       trip: the bad step that was seen last and is not dealt with yet, or None. Until it is, nothing is logged,
@@ -77,10 +79,11 @@ class Run:
         memory: Memory,
         resolved: Mapping[str, Any],
         profiler: Profiler | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         self.job, self.workdir, self.programs, self.memory = job, workdir, programs, memory
         self.checkpoints, self.writers, self.decision, self.watch = checkpoints, writers, decision, watch
-        self.resolved, self.profiler = dict(resolved), profiler
+        self.resolved, self.profiler, self.sampler = dict(resolved), profiler, sampler
         self.trip: Trip | None = None
         self.evaluation: dict[str, float] = {}
         self._unread: tuple[int, int, Any, float] | None = None
@@ -89,6 +92,7 @@ class Run:
         self._first_wait = math.nan
         self._shares: dict[str, float] = {}  # of the window before this dispatch
         self._unreadable = 0
+        self._sampled = False
 
     def begin(self, state: TrainState) -> int:
         """The step to go on from. Evaluates it where that is still to do, or all that there is to do."""
@@ -294,6 +298,7 @@ class Run:
             self._measure(state)
             memory, cadence = self.memory, self.job.cadence
             self.writers.write(step, self.evaluation)
+            self._sample(state, step)
             value = self.evaluation[cadence.metric]
             sign = 1 if cadence.mode == "min" else -1
             better = math.isfinite(value) and (memory.best is None or sign * value < sign * memory.best)
@@ -310,6 +315,20 @@ class Run:
             found, _ = evaluate(program, params, state.extra, self.job.test.evaluation(), names, self.decision.stop)
             norm = float(jax.device_get(norm_of(params)))
         self.evaluation = {f"eval/{name}": value for name, value in (found | {"param_norm": norm}).items()}
+
+    def _sample(self, state: TrainState, step: int) -> None:
+        """Log what the model writes, as it was evaluated."""
+        if self.sampler is None:
+            return
+        params = optim.parameters_average(state.opt_state, state.params)
+        # The first time it compiles.
+        counted = self._windows.during("evaluation") if self._sampled else self._windows.uncounted()
+        with counted, progress.phase("evaluation" if self._sampled else "compile"):
+            self._sampled = True
+            try:
+                self.writers.samples(step, self.sampler(params, state.extra))
+            except FaultError as error:  # NaN, which `guard` judges, and not what is only looked at
+                self.writers.note(f"warning: no samples at step {step}: {error}")
 
     def _save(self, state: TrainState, step: int, *, replace: bool = False) -> None:
         self._read()
@@ -328,4 +347,5 @@ class Run:
             watched = found if self.memory.evaluated == step and math.isfinite(found) else None
             details = resume.meta(self.job, self.memory, self.resolved)
             facts = resume.facts(self.job, self.resolved, self.memory.origin or None)
-            self.checkpoints.save(state, step, details, watched, facts=facts, replace=replace)
+            kept = lora.lean(state) if self.memory.base else state
+            self.checkpoints.save(kept, step, details, watched, facts=facts, replace=replace)

@@ -38,6 +38,11 @@ RULES: Rules = (
     (r"embed/embedding", ("tensor", None)),
     (r"head/kernel", (None, "tensor")),
     (r"(hidden_\d+|dense)/kernel", (None, "tensor")),
+    # Factors of `lora`: what is as long as a split side of the matrix is split as that is.
+    (r"attention/(query|key|value)/kernel_lora_b", (None, "tensor", None)),
+    (r"attention/out/kernel_lora_a", ("tensor", None, None)),
+    (r"mlp/(gate|up)/kernel_lora_b", (None, "tensor")),
+    (r"mlp/down/kernel_lora_a", ("tensor", None)),
 )
 
 VOCABULARY = r"(embed/embedding|head/kernel)$"

@@ -1,7 +1,7 @@
 """The train state: arrays only, born sharded."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flaxmodels import precision, sharding
@@ -22,7 +23,8 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: number of updates made, int32 scalar. The position in the data, and the randomness, follow from it.
       params: the model's "params" collection.
-      extra: its other collections, such as BatchNorm's {"batch_stats": ...}; {} for most models.
+      extra: its other collections, such as BatchNorm's {"batch_stats": ...}, or a "base" of parameters that do not
+        train; {} for most models.
       opt_state: the state of the optax transform.
     """
 
@@ -30,6 +32,22 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     extra: Any
     opt_state: Any
+
+
+# The collection in which a module keeps parameters that do not train (`lora.Adapted`).
+BASE = "base"
+
+
+def parameters(params: Any, extra: Mapping[str, Any]) -> Any:
+    """All parameters of the model in one tree: those that train, and those that a module keeps in its "base".
+
+    Args:
+      params: of a train state.
+      extra: of it.
+    """
+    if BASE not in extra:
+        return params
+    return unflatten_dict({**flatten_dict(extra[BASE], sep="/"), **flatten_dict(params, sep="/")}, sep="/")
 
 
 def base_key(seed: int) -> jax.Array:
@@ -87,6 +105,6 @@ def init(
         return create(model, tx, inputs, seed, param_dtype)
 
     shapes = jax.eval_shape(fresh)
-    places = sharding.shard_tree(shapes, mesh, rules, shapes.params)
+    places = sharding.shard_tree(shapes, mesh, rules, parameters(shapes.params, shapes.extra))
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
     return jax.jit(fresh, out_shardings=places), abstract

@@ -1,4 +1,4 @@
-"""A new run that starts from parts of another one's checkpoint: all of it by name, and nothing in silence.
+"""A new run that starts from parts of another one's checkpoint, or of a directory of Hugging Face; all of it by name.
 
 Read `choose`, which says what comes from where before any array is read; `begin` reads and puts it together.
 """
@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxmodels import fitting, registry, shelf, stored
+from flaxmodels import fitting, hub, lora, registry, shelf, stored
 from flaxmodels.fitting import Leaf
 from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import peers
+from flaxmodels.state import BASE
 
 AVERAGE = "/parameters_average/"
 FIX = (
@@ -34,8 +35,9 @@ class Origin:
     "params/blocks/mlp/up/kernel" or "extra/batch_stats/norm/mean". A regex matches anywhere in one.
 
     Attributes:
-      workdir: of another run; None starts from newly initialised parameters.
-      step: "best", "latest", or a number.
+      workdir: of another run, or a directory of Hugging Face, whose arrays have the paths that they would have here
+        (see `hub`); None starts from newly initialised parameters.
+      step: "best", "latest", or a number; a directory of Hugging Face has none.
       only: regex of what of this run's state comes from there; all else is newly initialised. The step never does: a
         new run begins at 0.
       rename: (regex, replacement) rules, applied in their order to the paths that are stored there.
@@ -88,6 +90,9 @@ class Choice:
 def choose(origin: Origin, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf], what: str = "the store") -> Choice:
     """Say what comes from where.
 
+    A parameter that does not train, "extra/base/NAME", is "params/NAME" here, as it is in other runs. Factors of `lora`
+    that are not in the store are new.
+
     Args:
       origin: the section `start`.
       saved: path -> leaf of what is stored.
@@ -96,10 +101,19 @@ def choose(origin: Origin, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]
 
     Raises:
       UserError: a selected path is neither in the store nor `fresh`, or does not fit: the message lists all; or a regex
-        selects nothing.
+        selects nothing; or the store has factors that this state has not.
     """
+    inside = {outside(path): path for path in wanted}
+    wanted = {name: wanted[path] for name, path in inside.items()}
+    factors = [path for path in saved if path.startswith(fitting.PARAMS) and lora.is_factor(path)]
+    if lost := [path for path in factors if path not in wanted]:
+        raise UserError(
+            f"{what} was trained with lora, and this run has no such factors ({lost[0]}): start from its parameters "
+            "with their factors in them, which `flaxmodels merge` writes."
+        )
     only, fresh = re.compile(origin.only), fitting.compiled(origin.fresh, "start.fresh")
-    selected = {path: leaf for path, leaf in wanted.items() if only.search(path) and path != "step"}
+    given = {path: leaf for path, leaf in wanted.items() if path in saved or not lora.is_factor(path)}
+    selected = {path: leaf for path, leaf in given.items() if only.search(path) and path != "step"}
     if not selected:
         raise UserError(f"start.only={origin.only!r} matches nothing of this model. {registry.suggest('', wanted)}")
     for pattern in fresh:
@@ -118,11 +132,16 @@ def choose(origin: Origin, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]
     lines = fitting.differences(found, covered, origin.cast, where="start.cast", whole=False)
     if lines:
         raise UserError(fitting.refusal(f"this run can't start from {what}", lines, FIX))
-    sources = {path: names[path] for path in covered}
+    sources = {inside[path]: names[path] for path in covered}
     used = set(sources.values())
     used |= {path for path, average in averages.items() if average in used} | {"step"}
     unused = tuple(path for path in saved if path not in used)
-    return Choice(sources, tuple(path for path in selected if path not in covered), unused, bool(averages))
+    return Choice(sources, tuple(inside[path] for path in selected if path not in covered), unused, bool(averages))
+
+
+def outside(path: str) -> str:
+    """The path that a parameter of this state has in runs that train it."""
+    return path.replace(f"extra/{BASE}/", fitting.PARAMS, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +151,7 @@ class Begun:
     Attributes:
       state: on the mesh of its abstract tree; its step is 0.
       notes: lines for the log.
-      origin: "WORKDIR:STEP", which it came from.
+      origin: "WORKDIR:STEP", or a directory of Hugging Face, which it came from.
     """
 
     state: Any
@@ -140,23 +159,46 @@ class Begun:
     origin: str
 
 
-def find(origin: Origin) -> shelf.Entry:
-    """The checkpoint to start from, whose files are verified; all processes call it.
+# Where a run may start from.
+Store = shelf.Entry | hub.Described
+
+
+def find(origin: Origin) -> Store:
+    """What to start from: a checkpoint, whose files are verified, or a directory; all processes call it.
 
     Raises:
       UserError: it is not there, or damaged.
     """
-    entry = shelf.find(Path(origin.workdir or ""), origin.step, "start.workdir")
+    folder = Path(origin.workdir or "")
+    if hub.is_directory(folder):
+        if origin.step != Origin.step:
+            raise UserError(
+                f"start.step={origin.step!r}: {str(folder)!r} is no workdir, and has no steps. Leave it out."
+            )
+        described = hub.describe(folder)
+        peers.compare({"start": {"arrays": len(described.leaves), "bytes": described.nbytes}})
+        return described
+    entry = shelf.find(folder, origin.step, "start.workdir")
     peers.compare({"start": {"step": entry.step}})
     found = shelf.problems(entry, peers.me(), peers.count())
     peers.settle(f"start.workdir: {entry} is damaged: {'; '.join(found[:3])}. Choose another start.step." * bool(found))
     return entry
 
 
-def begin(
-    origin: Origin, entry: shelf.Entry, fresh: Callable[[], Any], abstract: Any, init: Callable[[Any], Any]
-) -> Begun:
-    """A new state, with what the section `start` says read from a checkpoint.
+def tree(store: Store) -> dict[str, Leaf]:
+    """Path -> leaf of all that there is; no array is read."""
+    return dict(store.leaves) if isinstance(store, hub.Described) else stored.tree(store.folder)
+
+
+def sharded(store: Store, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
+    """Path -> array, whole or in shards as `places` says of each."""
+    if isinstance(store, hub.Described):
+        return hub.sharded(store, places)
+    return stored.sharded(store.folder, places)
+
+
+def begin(origin: Origin, entry: Store, fresh: Callable[[], Any], abstract: Any, init: Callable[[Any], Any]) -> Begun:
+    """A new state, with what the section `start` says read from where it starts.
 
     Args:
       origin: the section.
@@ -168,35 +210,54 @@ def begin(
     Raises:
       UserError: what is asked for is not in the checkpoint, does not fit, or overflows in the dtype of a cast.
     """
-    saved, places = stored.tree(entry.folder), {}
-    for keys, leaf in jax.tree.leaves_with_path(abstract):
-        places[path_of(keys)] = leaf
-    choice = choose(origin, saved, fitting.leaves(abstract), str(entry))
-    read = stored.sharded(entry.folder, {old: places[new].sharding for new, old in choice.sources.items()})
-    found = {new: read.pop(old) for new, old in choice.sources.items()}
-    changed = [path for path, x in found.items() if x.dtype != places[path].dtype]
-    found |= _cast({path: found[path] for path in changed}, places)
+    found, notes = read(origin, entry, abstract)
     state = fresh()
     for x in jax.tree.leaves(state.opt_state):
         x.delete()
-    state = _with(state.replace(opt_state=None), found)
+    state = filled(state.replace(opt_state=None), found)
     # The optimizer starts from these parameters, and not from those that they replaced.
     shardings = jax.tree.map(lambda x: x.sharding, abstract.opt_state)
     opt_state = jax.jit(init, out_shardings=shardings)(state.params)
-    state = _with(state.replace(opt_state=opt_state), found)
-    return Begun(state, tuple(_notes(choice, entry, changed, origin)), f"{origin.workdir}:{entry.step}")
+    state = filled(state.replace(opt_state=opt_state), found)
+    step = "" if isinstance(entry, hub.Described) else f":{entry.step}"
+    return Begun(state, notes, f"{origin.workdir}{step}")
 
 
-def _with(state: Any, found: Mapping[str, jax.Array]) -> Any:
-    """A tree with some of its leaves replaced; what they replace is deleted."""
+def read(origin: Origin, entry: Store, abstract: Any) -> tuple[dict[str, jax.Array], tuple[str, ...]]:
+    """What the section `start` says of a new state, or of a part of it.
 
-    def leaf(keys: tuple[Any, ...], old: jax.Array) -> jax.Array:
+    Args:
+      origin: the section.
+      entry: of `find`.
+      abstract: `jax.ShapeDtypeStruct` tree, with shardings; its paths are those of a train state.
+
+    Returns:
+      (path -> array as `abstract` has it, lines for the log).
+
+    Raises:
+      UserError: what is asked for is not in the checkpoint, does not fit, or overflows in the dtype of a cast.
+    """
+    saved, places = tree(entry), {}
+    for keys, leaf in jax.tree.leaves_with_path(abstract):
+        places[path_of(keys)] = leaf
+    choice = choose(origin, saved, fitting.leaves(abstract), str(entry))
+    arrays = sharded(entry, {old: places[new].sharding for new, old in choice.sources.items()})
+    found = {new: arrays.pop(old) for new, old in choice.sources.items()}
+    changed = [path for path, x in found.items() if x.dtype != places[path].dtype]
+    found |= _cast({path: found[path] for path in changed}, places)
+    return found, tuple(_notes(choice, entry, changed, origin))
+
+
+def filled(tree: Any, found: Mapping[str, jax.Array]) -> Any:
+    """A tree with some of its leaves replaced; arrays that they replace are deleted."""
+
+    def leaf(keys: tuple[Any, ...], old: Any) -> Any:
         new = found.get(path_of(keys), old)
-        if new is not old:
+        if new is not old and isinstance(old, jax.Array):
             old.delete()
         return new
 
-    return jax.tree.map_with_path(leaf, state)
+    return jax.tree.map_with_path(leaf, tree)
 
 
 def _cast(found: dict[str, jax.Array], places: Mapping[str, Any]) -> dict[str, jax.Array]:
@@ -216,13 +277,15 @@ def _cast(found: dict[str, jax.Array], places: Mapping[str, Any]) -> dict[str, j
     return new
 
 
-def _notes(choice: Choice, entry: shelf.Entry, cast: Sequence[str], origin: Origin) -> Iterator[str]:
+def _notes(choice: Choice, entry: Store, cast: Sequence[str], origin: Origin) -> Iterator[str]:
     kind = ", averaged parameters" if choice.averaged else ", which kept no average" if origin.average else ""
     yield f"start: {len(choice.sources)} arrays from {entry}{kind}: {_brief(list(choice.sources))}"
     if cast:
         yield f"start: cast to other floats: {_brief(cast)}"
     if choice.fresh:
         yield f"start: newly initialised by start.fresh: {_brief(choice.fresh)}"
+    if isinstance(entry, hub.Described) and entry.unused:
+        yield f"start: tensors that no model here computes with: {_brief(entry.unused)}"
     if choice.unused:
         yield f"start: not used of what is stored there: {_brief(choice.unused)}"
 

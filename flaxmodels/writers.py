@@ -1,4 +1,4 @@
-"""What a training run writes: the console, metrics.jsonl, TensorBoard events, and curves.png at its end.
+"""What a training run writes: the console, metrics.jsonl, samples.jsonl, TensorBoard events, and curves.png at its end.
 
 Process 0 only: the others construct `Writers(..., enabled=False)`, and every call does nothing. Read `Writers`
 first; `console.py` draws, `curves.py` plots, `MetricsFile` is the record that both are made from.
@@ -63,6 +63,7 @@ class Writers:
         self._display = console.open_display(stream or sys.stdout, total_steps, start_step, examples_per_step)
         self._metrics = MetricsFile(self._workdir / "metrics.jsonl", start_step)
         self._tensorboard = open_tensorboard(self._workdir / "tensorboard", start_step)
+        self._samples: RowsFile | None = None  # there is a file once there is something to write
         # An evaluation that a resumed process makes again, because it was killed before it could save that it was made.
         rows = read_metrics(self._workdir / "metrics.jsonl")
         self._logged = {key for row in rows if row["step"] == start_step for key in row}
@@ -86,6 +87,8 @@ class Writers:
         self._display.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._samples is not None:
+            self._samples.close()
         self._metrics.close()
         if lost := self._metrics.pending.count(b"\n"):
             self._display.line(f"warning: metrics.jsonl: there never was room for the last {lost} lines")
@@ -130,6 +133,23 @@ class Writers:
         shown = {key: v for key, v in values.items() if not key.startswith("perf/") or key == console.RATE}
         self._display.row(step, shown)
 
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log what a language model writes at `step`: a line of samples.jsonl for each text, and the console.
+
+        Args:
+          step: the optimizer step that the texts belong to.
+          rows: {"prompt": text, "text": what follows it, and anything else that JSON can hold} of each.
+        """
+        if not self._enabled:
+            return
+        if self._samples is None:  # what is made again at the step that was restored is the same: it is written anew
+            self._samples = RowsFile(self._workdir / "samples.jsonl", min(self._start_step, step - 1))
+        self._samples.append(b"".join(json.dumps({"step": step, **row}).encode() + b"\n" for row in rows))
+        for i, row in enumerate(rows):
+            text = json.dumps(row["prompt"] + row["text"], ensure_ascii=False).encode("utf-8", "replace").decode()
+            self._display.line(f"sample {i}: {text}")
+        self._check_files()
+
     def progress(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Say that `step` was dispatched; well under 5 microseconds, so call it every step.
 
@@ -164,7 +184,7 @@ class Writers:
 
     def _check_files(self) -> None:
         # A disk that is full stays full for a while: say so once a file, not at every step.
-        for file in (self._metrics, self._tensorboard):
+        for file in (self._metrics, self._tensorboard, self._samples):
             if file is not None and file.error and file.path not in self._warned:
                 self._warned.add(file.path)
                 self.note(f"warning: {file.path}: {file.error}")
@@ -212,11 +232,15 @@ class Appender:
             self.error = f"{error.strerror}; training goes on, and what was logged waits in memory"
 
 
-class MetricsFile(Appender):
-    """metrics.jsonl: one JSON object a line, `{"step": 10, "train/loss": 0.25}`, flushed when it is written."""
+class RowsFile(Appender):
+    """JSON objects with a "step", one a line; those after `start_step` are dropped."""
 
     def __init__(self, path: Path, start_step: int) -> None:
         super().__init__(path, lambda: rewind(path, start_step))
+
+
+class MetricsFile(RowsFile):
+    """metrics.jsonl: one JSON object a line, `{"step": 10, "train/loss": 0.25}`, flushed when it is written."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row; see `Writers.write` for NaN."""

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxmodels import config, evaluating, loop, registry, sharding, step
+from flaxmodels import basis, config, evaluating, loop, registry, sharding, step
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.job import assemble
 from flaxmodels.runtime import distributed, exits
@@ -113,7 +113,8 @@ class Part:
     def restore(self) -> dict[str, Any]:
         """The parameters of the last checkpoint, on this mesh."""
         with contextlib.closing(Checkpoints(self.workdir / "checkpoints", read_only=True)) as checkpoints:
-            return {"params": self._digests(checkpoints.restore(self.steps, self.job.abstract).params)}
+            state = basis.restored(checkpoints, self.steps, self.job.abstract, self.job.origin)
+            return {"params": self._digests(state.params)}
 
     def resume(self) -> dict[str, Any]:
         """The second half of the run again, from the checkpoint in its middle, in a copy of the workdir."""

@@ -23,6 +23,7 @@ from flaxmodels.data.vocabularies import Words
 from flaxmodels.job import assemble
 from flaxmodels.registry import UserError
 from flaxmodels.state import TrainState
+from flaxmodels.warm import Origin
 
 slow = pytest.mark.slow
 IDENTITY = {
@@ -51,7 +52,9 @@ class Stored:
 def standing_in(**identity):
     """As much of a `Job` as a resume asks for."""
     source = types.SimpleNamespace(name=IDENTITY["source"])
-    return types.SimpleNamespace(identity={**IDENTITY, **identity}, total_steps=9, source=source, abstract=None)
+    return types.SimpleNamespace(
+        identity={**IDENTITY, **identity}, total_steps=9, source=source, abstract=None, origin=Origin()
+    )
 
 
 def test_f22_each_field_in_turn(figures):

@@ -1,0 +1,34 @@
+"""`flaxmodels merge`: a run that trained factors, as one that has them in its matrices."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from flaxmodels import registry
+from flaxmodels.cli import words
+from flaxmodels.registry import UserError
+from flaxmodels.runtime import exits
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Write a run that trained factors (lora) with these in its matrices: for export, generate and start.workdir."""
+    parser = argparse.ArgumentParser(prog="flaxmodels merge", description=merge.__doc__, allow_abbrev=False)
+    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run with lora.rank")
+    parser.add_argument("--step", default="best", help='a number, "best" or "latest" (best)')
+    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new: the workdir to write")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters (default: of the base)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    with exits.importing():
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # an accelerator may be in use by a run
+        from flaxmodels import sharding
+        from flaxmodels.inference import merging
+
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    words.say(f"{flags.workdir}: {merging.merge(flags.workdir, flags.step, flags.to, mesh, flags.dtype)}")
+    return exits.DONE
