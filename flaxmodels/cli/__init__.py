@@ -5,7 +5,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from flaxmodels import registry
-from flaxmodels.cli import budget, checkpoint, doctor, looking, measuring, planning, proving, replay, training, words
+from flaxmodels.cli import (
+    budget,
+    chat,
+    checkpoint,
+    doctor,
+    generate,
+    hub,
+    looking,
+    lora,
+    measuring,
+    planning,
+    proving,
+    replay,
+    scoring,
+    training,
+    words,
+)
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
@@ -23,6 +39,13 @@ VERBS: Mapping[str, words.Verb] = {
     "verify": proving.verify,
     "rehearse": proving.rehearse,
     "checkpoint": checkpoint.checkpoint,
+    "import": hub.import_,
+    "export": hub.export,
+    "merge": lora.merge,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "score": scoring.score,
+    "choose": scoring.choose,
     "replay": replay.replay,
     "doctor": doctor.doctor,
 }

@@ -1,0 +1,1 @@
+"""What is done with a trained model: text from it (`generate`), and how well it knows a text (`scoring`)."""
