@@ -79,6 +79,26 @@ def test_the_loss_is_of_the_first_steps(each):
     assert peer.steps() >= works.WARM + 40 and peer.steps() % each == 0 and peer.parameters == 7
 
 
+def test_calls_are_steps():
+    """Of what generates: its loss is known before, and told when all has been compiled."""
+
+    class EnoughError(Exception):
+        pass
+
+    calls = iter(range(3))
+
+    def call():
+        told.append((peer.steps(), peer.loss()))
+        if next(calls) == 2:
+            raise EnoughError
+
+    told = []
+    peer = trainer.repeating(call, 10.9, {"x": "1"}, 7)
+    with pytest.raises(EnoughError):
+        peer.run()
+    assert told == [(0, None), (1, None), (2, 10.9)] and peer.parameters == 7
+
+
 # --- processes
 
 ECHO = """
@@ -300,6 +320,7 @@ def test_works_and_peers_fit_together():
         assert set(peer.works) <= set(works.WORKS)
     for name, work in works.WORKS.items():
         assert name in works.PEERS[works.OURS].works and work.ready >= works.WARM
+        assert bool(work.tokens) == (work.model == "gpt2")
         assert work.ready * work.batch_size <= 60_000
 
 

@@ -1,4 +1,4 @@
-"""Ours: `fit`, as users call it, or the compiled step that it calls, alone."""
+"""Ours: `fit`, as users call it, or the compiled step that it calls, alone; and `Generator`, where a work generates."""
 
 import contextlib
 import os
@@ -8,17 +8,24 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
-from flaxmodels import loop, version, writers
+from flaxmodels import loop, models, sharding, version, writers
+from flaxmodels.inference import weights
+from flaxmodels.inference.generate import Generator
+from flaxmodels.inference.sampling import Sampling
 from flaxmodels.job import assemble
-from flaxmodels.perf.peers.trainer import Trainer, stepping
+from flaxmodels.models.presets import PRESETS
+from flaxmodels.perf.peers.trainer import Trainer, repeating, stepping
 from flaxmodels.perf.peers.works import WARM, Work
 from flaxmodels.runtime import compiles, heap, progress
 
 
-def start(work: Work, folder: Path, cores: int, bare: bool = False) -> Trainer:
-    """Set up; `bare` is the compiled step in a loop."""
+def start(work: Work, folder: Path, cores: int, bare: bool = False, precision: weights.Precision = "given") -> Trainer:
+    """Set up; `bare` is the compiled step in a loop, `precision` that of the weights that text is generated with."""
     versions = {"flaxmodels": version.__version__, "jax": jax.__version__}
+    if work.tokens:
+        return _text(work, folder, versions, precision)
     return _bare(work, versions) if bare else _fit(work, folder, versions)
 
 
@@ -68,3 +75,26 @@ def _bare(work: Work, versions: dict[str, str]) -> Trainer:
         return float(np.mean(rows[:, 0] / rows[:, 1]))
 
     return stepping(step, mean, versions, size, most)
+
+
+def _text(work: Work, folder: Path, versions: dict[str, str], precision: weights.Precision) -> Trainer:
+    heap.keep("cpu")
+    prompts = np.load(folder / "inputs.npy")[: work.batch_size]
+    name, fields = PRESETS[work.config["model"]["name"]]
+    whole, mesh = models.build(name, **fields), sharding.make_mesh()
+    init = jax.jit(lambda: whole.init(jax.random.key(0), prompts)["params"], out_shardings=sharding.replicated(mesh))
+    params = init()
+    size = sum(x.size for x in jax.tree.leaves(params))
+    model, params = weights.prepare(whole, params, precision)
+
+    @jax.jit
+    def loss(params: Any) -> jax.Array:
+        with weights.reading():
+            logits = model.apply({"params": params}, prompts)
+        return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], prompts[:, 1:]).mean()
+
+    found, length = float(loss(params)), prompts.shape[1] + work.tokens
+    generator = Generator(model, params, batch=len(prompts), length=length, mesh=mesh)
+    return repeating(
+        lambda: generator.complete(prompts.tolist(), Sampling(temperature=0), work.tokens), found, versions, size
+    )

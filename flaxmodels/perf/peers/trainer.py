@@ -59,3 +59,26 @@ def stepping(
             made += each
 
     return Trainer(run, lambda: made, lambda: found[0] if found else None, versions, parameters)
+
+
+def repeating(
+    call: Callable[[], Any], loss: float, versions: dict[str, str], parameters: int, warm: int = 2
+) -> Trainer:
+    """A peer that does not learn: a step is a call.
+
+    Args:
+      call: of a step; what it returns has been computed.
+      loss: of `Trainer`, told after `warm` steps.
+      versions: of `Trainer`.
+      parameters: of `Trainer`.
+      warm: steps in which things are compiled.
+    """
+    made = 0
+
+    def run() -> None:
+        nonlocal made
+        while True:
+            call()
+            made += 1
+
+    return Trainer(run, lambda: made, lambda: loss if made >= warm else None, versions, parameters)

@@ -25,12 +25,14 @@ class Work:
 
     Attributes:
       says: what it is, for people.
-      model: the family, for peers: "mlp", "cnn" or "gpt".
-      config: of ours, without what no peer has: evaluations in between.
+      model: the family, for peers: "mlp", "cnn", "gpt", or "gpt2", which generates instead of being trained.
+      config: of ours, without what no peer has: evaluations in between. What generates has "data", and a preset as
+        "model".
       steps: of a unit that is measured whole, 1 or an epoch.
       seconds: of a chunk, at the least.
       fed: batches come from the library's own loader, as a user would write it.
       ready: else so many lie ready, to be used over and over, at least `WARM`. Keras takes them for an epoch.
+      tokens: to make for each prompt, where it generates. A step is all of that, and the loss is that of the prompts.
     """
 
     says: str
@@ -40,6 +42,7 @@ class Work:
     seconds: float = 0.4
     fed: bool = False
     ready: int = WARM
+    tokens: int = 0
 
     @property
     def batch_size(self) -> int:
@@ -60,6 +63,15 @@ _MLP: Mapping[str, Any] = dict(
     optim=_ADAM,
     train=dict(duration=ENDLESS, steps_per_dispatch=64),
 )
+
+
+def _generating(batch: int) -> Work:
+    data = dict(name="synthetic_tokens", examples=8, test_examples=8, vocab_size=50257, length=32, batch_size=batch)
+    says = (
+        f"128 tokens after {batch} prompt{'s' * (batch > 1)} of 32, GPT-2 of 124 million random weights, greedy, cached"
+    )
+    return Work(says, "gpt2", dict(model=dict(name="gpt2"), data=data), tokens=128)
+
 
 WORKS: Mapping[str, Work] = {
     "mlp": Work("MLP 784-128-10, batch 128, Adam; one step (ours: 64 a dispatch)", "mlp", _MLP, ready=468),
@@ -98,6 +110,8 @@ WORKS: Mapping[str, Work] = {
         seconds=1.0,
         fed=True,
     ),
+    "generate": _generating(1),
+    "generate_8": _generating(8),
 }  # fmt: skip
 
 
@@ -122,13 +136,16 @@ class Peer:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-_ALL = tuple(WORKS)
 _STEPS = ("mlp", "cnn", "gpt")
+_ALL = (*_STEPS, "epoch")
+_TEXTS = ("generate", "generate_8")
 OURS, BARE = "fit", "bare"
-# In the order in which they are shown. What is ours is `fit`, as users call it, and the compiled step that it calls.
+# In the order in which they are shown. What is ours is `fit` or `Generator`, as users call them, and the compiled step
+# that `fit` calls.
 PEERS: Mapping[str, Peer] = {
-    "fit": Peer("ours, through fit", "ours", (), _ALL),
+    "fit": Peer("ours, as users call it", "ours", (), (*_ALL, *_TEXTS)),
     "bare": Peer("ours, compiled step alone", "ours", (), _STEPS, dict(bare=True)),
+    "int8": Peer("ours, kernels in 8 bits", "ours", (), _TEXTS, dict(precision="int8")),
     "jax": Peer("JAX by hand", "plain_jax", (), _ALL),
     "torch": Peer("PyTorch, fused optimizer", "in_torch", ("torch",), _ALL),
     "torch_default": Peer(
@@ -146,5 +163,9 @@ PEERS: Mapping[str, Peer] = {
         ("mlp", "epoch"),
         dict(most=64),
         {"KERAS_BACKEND": "jax"},
+    ),
+    "transformers": Peer("transformers", "in_transformers", ("torch", "transformers"), _TEXTS),
+    "transformers_bfloat16": Peer(
+        "transformers, bfloat16", "in_transformers", ("torch", "transformers"), _TEXTS, dict(dtype="bfloat16")
     ),
 }
