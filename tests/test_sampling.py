@@ -139,3 +139,9 @@ def test_numbers_say_what_is_done_so_that_other_numbers_need_no_other_program():
 def test_what_can_not_be_is_said(options, said):
     with pytest.raises(UserError, match=said):
         Sampling(**options)
+
+
+def test_the_likeliest_is_the_first_of_the_largest():
+    logits = np.random.default_rng(0).integers(0, 4, (50, 7)).astype(np.float32)  # with ties
+    logits[0] = -np.inf  # where nothing is left, a token all the same
+    np.testing.assert_array_equal(sampling._likeliest(jnp.asarray(logits)), logits.argmax(-1))
