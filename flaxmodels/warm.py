@@ -6,7 +6,7 @@ Read `choose`, which says what comes from where before any array is read; `begin
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,11 @@ def choose(origin: Origin, saved: Mapping[str, Leaf], wanted: Mapping[str, Leaf]
         names[new] = averages.get(old, old)
     found = {new: saved[old] for new, old in names.items()}
     lines = fitting.differences(found, covered, origin.cast, where="start.cast", whole=False)
+    if factors and any(path not in found and not lora.is_factor(path) for path in covered):
+        raise UserError(
+            f"{what} holds factors of lora apart from the parameters that they change, which this run needs: start "
+            "from these with the factors in them, which `flaxmodels merge` writes."
+        )
     if lines:
         raise UserError(fitting.refusal(f"this run can't start from {what}", lines, FIX))
     sources = {inside[path]: names[path] for path in covered}
@@ -185,9 +190,11 @@ def find(origin: Origin) -> Store:
     return entry
 
 
-def tree(store: Store) -> dict[str, Leaf]:
-    """Path -> leaf of all that there is; no array is read."""
-    return dict(store.leaves) if isinstance(store, hub.Described) else stored.tree(store.folder)
+def tree(store: Store, wanted: Iterable[str] = ()) -> dict[str, Leaf]:
+    """Path -> leaf of all that there is; no array is read. Of a directory as `hub.laid` has it for the wanted paths."""
+    if isinstance(store, hub.Described):
+        return {path: place.leaf for path, place in hub.laid(store, wanted).items()}
+    return stored.tree(store.folder)
 
 
 def sharded(store: Store, places: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:
@@ -237,9 +244,8 @@ def read(origin: Origin, entry: Store, abstract: Any) -> tuple[dict[str, jax.Arr
     Raises:
       UserError: what is asked for is not in the checkpoint, does not fit, or overflows in the dtype of a cast.
     """
-    saved, places = tree(entry), {}
-    for keys, leaf in jax.tree.leaves_with_path(abstract):
-        places[path_of(keys)] = leaf
+    places = {path_of(keys): leaf for keys, leaf in jax.tree.leaves_with_path(abstract)}
+    saved = tree(entry, map(outside, places))
     choice = choose(origin, saved, fitting.leaves(abstract), str(entry))
     arrays = sharded(entry, {old: places[new].sharding for new, old in choice.sources.items()})
     found = {new: arrays.pop(old) for new, old in choice.sources.items()}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import flaxmodels.data
+from flaxmodels import hub
 from flaxmodels.data import chat, tokenizer
 from flaxmodels.data.documents import Documents, windows
 from flaxmodels.registry import UserError
@@ -196,6 +197,24 @@ def test_where_a_template_is_looked_for(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
     own = chat.pick(str(tmp_path / "tokenizer_config.json"), "bytes")
     assert written(made, *chat.encode(own, made, TALK[3:])) == "{2}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json can't be read as JSON"),
+        ("tokenizer_config.json", b"[]", r"tokenizer_config\.json is list: expected a JSON object"),
+        ("tokenizer_config.json", b'{"chat_template": ["{{ messages }}"]}', "neither a template nor a file with one"),
+        ("chat_template.jinja", b"{{ '\xe9' }}", r"chat_template\.jinja can't be read as text"),
+    ],
+)
+def test_a_damaged_folder_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        chat.pick(str(tmp_path), "bytes")
+    if "neither" not in message:
+        with pytest.raises(UserError, match=message.partition(" ")[0]):
+            hub.chat_template(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_trains_for_two_steps(name, tmp_path):
         if name.startswith("sst2"):  # the sentences alone, which are fewer
             config.data.path = config.data.test_path = str(shared_data("sst2") / "test.tsv")
         if name == "sst2_bert":  # what its first stage leaves is tested in test_recipes.py
-            config.data.tokens = "words"
+            config.data.update(tokens="words", vocab_size=500)
             config.start = {}
     outcome = loop.fit(config, tmp_path, devices=jax.devices()[:1], stream=io.StringIO())
     assert outcome.step == 2 and outcome.finished and outcome.metrics["eval/loss"] > 0

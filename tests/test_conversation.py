@@ -66,11 +66,14 @@ def test_the_template_is_that_which_the_model_knows(tmp_path):
 def talk(monkeypatch, capsys):
     """Talk to a model that says back, in capitals, what it was asked; returns what was printed, and what it saw."""
 
+    batches = []
+
     def talked(typed, *flags, config=None):
         seen = []
 
         class Echo:
-            def __init__(self, model, params, extra, *, length, mesh, tokenizer, ends):
+            def __init__(self, model, params, extra, *, batch, length, mesh, tokenizer, ends):
+                batches.append(batch)
                 self.length, self.ends = length, ends
 
             def stream(self, prompts, sampling, most):
@@ -91,7 +94,13 @@ def talk(monkeypatch, capsys):
         assert cli.chat(["--workdir=w", "--template=plain", *flags]) == 0
         return capsys.readouterr(), seen
 
+    talked.batches = batches
     return talked
+
+
+def test_a_search_has_a_row_for_each_hypothesis(talk):
+    talk("hello\n", "--beams=3")
+    assert talk.batches == [3]
 
 
 def test_each_line_is_a_message_and_the_model_sees_what_was_said(talk):

@@ -20,6 +20,7 @@ from flaxmodels.hub import families, fields, reading, tensor_files, writing
 from flaxmodels.hub.families import ARCHITECTURES
 from flaxmodels.hub.links import Link
 from flaxmodels.job import assemble
+from flaxmodels.models import transformer
 from flaxmodels.models.presets import PRESETS
 from flaxmodels.registry import UserError
 from flaxmodels.state import TrainState
@@ -160,6 +161,12 @@ def test_a_run_starts_from_a_directory(tmp_path):
     wanted["head"]["kernel"] = state.params["head"]["kernel"]
     same(jax.device_get(begun.state.params), wanted)
     assert all(x.sharding == y.sharding for x, y in zip(*map(jax.tree.leaves, (begun.state, job.abstract))))
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    apart = jax.eval_shape(transformer.unstack, wanted)
+    wanted_apart = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), apart)}
+    origin = Origin(workdir=str(tmp_path / "hf"), cast=("^params/",))
+    found, _ = warm.read(origin, warm.find(origin), wanted_apart)
+    np.testing.assert_array_equal(found["params/blocks_1/mlp/up/kernel"], wanted["blocks"]["mlp"]["up"]["kernel"][1])
     with pytest.raises(UserError, match=r"was .* bfloat16, is .* float32; start.cast does not name it"):
         begin()
     with pytest.raises(UserError, match=r"start.step=3: .* is no workdir, and has no steps"):
@@ -349,6 +356,8 @@ def test_names_of_early_files(tmp_path):
         (dict(rope_theta="far"), "config.json is damaged, or of another version"),
         (dict(id2label=3, architectures=["LlamaForSequenceClassification"]), "config.json is damaged, or of another"),
         (dict(num_hidden_layers=None), "config.json has no 'num_hidden_layers'"),
+        (dict(num_hidden_layers=0), "config.json describes no model: model: layers=0 must be at least 1"),
+        (dict(rms_norm_eps="1e-5"), "config.json describes no model: model.norm_eps='1e-5' has the wrong type"),
         (dict(quantization_config=dict(bits=4)), "has quantised weights"),
     ],
 )  # fmt: skip
@@ -379,6 +388,9 @@ def test_other_ways_to_say_the_same():
     assert fields.qwen2(qwen)["windows"] == (0,)
     assert fields.qwen2(dict(qwen, use_sliding_window=True))["windows"] == (0, 0, 8, 8)
     assert fields.mistral(dict(sizes, sliding_window=None))["windows"] == (0,)
+    assert fields.mistral(sizes)["windows"] == (4096,)  # the library's default, as for those below
+    windowed = dict(sizes, use_sliding_window=True, max_window_layers=2)
+    assert fields.qwen2(windowed)["windows"] == fields.qwen3(windowed)["windows"] == (0, 0, 4096, 4096)
     with pytest.raises(UserError, match="layer_types='chunked_attention'"):
         fields.gemma2(dict(gemma, layer_types=["chunked_attention"] * 4))
     assert fields.period([8, 0, 8]) == (8, 0) and fields.period([8, 0, 0]) == (8, 0, 0)

@@ -118,7 +118,7 @@ def test_one_model_must_be_named(tmp_path):
 def test_messages_are_put_in_the_words_that_the_model_knows(tmp_path):
     made = tokenizer.extended(Bytes(documents=True), chat.TEMPLATES["chatml"].marks)
     loaded = Loaded(None, {}, {}, made, {}, 0, "", ends=(7,))
-    asked = argparse.Namespace(chat=True, workdir=tmp_path, source=None)
+    asked = argparse.Namespace(chat=True, template=None, workdir=tmp_path, source=None)
     (ids,), ends = _prompts(loaded, made, ["hi"], asked)
     begin, end = (made.special[name] for name in ("<|im_start|>", "<|im_end|>"))
     user, answer = (list(text.encode()) for text in ("user\nhi", "assistant\n"))

@@ -265,6 +265,7 @@ def test_what_trains_itself_has_no_factors():
     ("options", "said"),
     [
         (dict(alpha=8.0), "lora.alpha is set, but lora.rank is not"),
+        (dict(rank=2, targets=()), "lora.targets=() and lora.whole=() leave nothing to train"),
         (dict(rank=2, targets=("(",)), "lora.targets: '(' is no regular expression"),
         (dict(rank=2, whole=("*",)), "lora.whole: '*' is no regular expression"),
     ],
@@ -345,6 +346,18 @@ def test_factors_of_another_run_are_taken_or_refused_but_never_lost():
     assert len(warm.choose(Origin(workdir="a"), stored, WANTED).sources) == 4
     with pytest.raises(UserError, match=re.escape("was trained with lora, and this run has no such factors")):
         warm.choose(Origin(workdir="a"), stored, STORED)
+
+
+@pytest.mark.parametrize("left_out", [True, False])
+def test_factors_without_what_they_change_are_no_start(left_out):
+    stored = {path: leaf for path, leaf in WANTED.items() if not (left_out and BASE in path)}
+    with pytest.raises(UserError, match="holds factors of lora apart from the parameters that they change"):
+        warm.choose(Origin(workdir="a"), stored, WANTED)
+    only = Origin(workdir="a", only="lora|head")
+    assert len(warm.choose(only, stored, WANTED).sources) == 3
+    wide = WANTED | {"params/body/kernel_lora_a": Leaf((4, 3), "float32")}
+    with pytest.raises(UserError, match=re.escape("params/body/kernel_lora_a was (4, 2) float32, is (4, 3) float32")):
+        warm.choose(only, stored, wide)
 
 
 def test_a_base_is_left_out_only_where_all_of_it_comes_from_elsewhere():

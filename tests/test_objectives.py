@@ -383,6 +383,15 @@ def test_a_causal_model_is_refused_for_masks(path):
         job.assemble(learning(path, {"name": "masked"}, causal=True))
 
 
+@pytest.mark.parametrize("objective", [None, {"name": "prefix"}, {"name": "denoise", "bidirectional": True}])
+def test_a_model_that_sees_both_sides_is_refused_for_next_tokens(path, objective):
+    said = r"model\.name='transformer' sees the tokens on both sides .*set --config\.data\.objective\.name=masked"
+    with pytest.raises(UserError, match=said):
+        job.assemble(learning(path, objective, causal=False))
+    with pytest.raises(UserError, match=r"model\.name='bert' sees the tokens on both sides"):
+        job.assemble(learning(path, objective) | dict(model=dict(name="bert", layers=1, width=16, heads=2)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",

@@ -90,6 +90,10 @@ def test_what_can_not_be_written_is_said_before_anything_is_computed(made, said)
         samples.make(job(**made))
 
 
+def test_a_search_has_room_for_its_hypotheses():
+    assert samples.make(job(prompts=("a",), beams=3, tokens=5)) is not None
+
+
 def test_prompts_are_put_as_the_data_are():
     made = tokenizer.extended(BYTES, chat.TEMPLATES["chatml"].marks)
     data = {"messages": "m", "template": "chatml", "tokens": "bytes"}

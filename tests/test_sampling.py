@@ -133,6 +133,7 @@ def test_numbers_say_what_is_done_so_that_other_numbers_need_no_other_program():
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
         ({"temperature": 0, "top_k": 5}, "top_k=5: temperature=0 takes the likeliest"),
         ({"beams": 2, "min_p": 0.1}, "min_p=0.1: beams=2 searches"),
+        ({"beams": 2, "temperature": 0.5}, "temperature=0.5: beams=2 searches"),
         ({"beams": 2, "repetition_penalty": 1.1}, "beams=2 searches"),
     ],
 )

@@ -379,6 +379,7 @@ def test_a_kernel_is_told_what_the_model_says(monkeypatch):
         ({"norm_place": "post", "post_norms": True}, r"post_norms=True adds norms"),
         ({"rope_scaling": (8.0, 4.0, 1.0, 8192.0)}, r"rope_scaling=.* must be \(factor, low, high, length\)"),
         ({"rope_scaling": (8.0, 1.0)}, r"model.rope_scaling=\(8.0, 1.0\) has the wrong type"),
+        ({"rope_base": 0.0}, r"model: rope_base=0.0 must be over 0"),
         ({"head_size": 5}, r"model: head_size = 5 must be even"),
         ({"head_size": 0}, r"model: head_size=0 must be at least 1"),
         ({"split_head": True, "head_softcap": 30.0}, r"head_softcap=30.0 is of logits, which split_head=True"),

@@ -49,12 +49,15 @@ def chat(argv: Sequence[str]) -> int:
         if asked.template:
             template = chats.pick(asked.template, "")
         else:
-            template = conversation.template_of(Path(asked.workdir or asked.source), loaded.config, tokenizer)
+            template = conversation.template_of(
+                Path(asked.workdir or asked.source).expanduser(), loaded.config, tokenizer
+            )
         cache.check(loaded.model)
         model, params = weights.prepare(loaded.model, loaded.params, asked.precision)
         generator = Generator(
-            model, params, loaded.extra, length=asked.length or min(model.max_length, LENGTH), mesh=mesh,
-            tokenizer=tokenizer, ends=tuple(dict.fromkeys((*chats.stops(template, tokenizer), *loaded.ends))),
+            model, params, loaded.extra, batch=sampling.beams,
+            length=asked.length or min(model.max_length, LENGTH), mesh=mesh, tokenizer=tokenizer,
+            ends=tuple(dict.fromkeys((*chats.stops(template, tokenizer), *loaded.ends))),
         )  # fmt: skip
         room = generator.length - min(asked.tokens, generator.length // 2)
         messages = [{"role": "system", "content": asked.system}] if asked.system else []
@@ -70,7 +73,9 @@ def chat(argv: Sequence[str]) -> int:
                 continue
             if left_out:
                 print(f"(the first {left_out} messages are no longer seen)", file=sys.stderr)
-            answer = _answered(generator, ids, sampling, asked.tokens, show=not asked.json)
+            # A search does not go on beyond what is seen at once.
+            most = min(asked.tokens, generator.length - len(ids)) if sampling.beams > 1 else asked.tokens
+            answer = _answered(generator, ids, sampling, most, show=not asked.json)
             messages.append({"role": "assistant", "content": answer})
             if asked.json:
                 print(json.dumps({"question": question, "answer": answer}), flush=True)

@@ -45,6 +45,8 @@ def generate(argv: Sequence[str]) -> int:
         from flaxmodels.runtime import compile_cache
 
     asked = _parse(argv)
+    if asked.template and not asked.chat:
+        raise UserError(f"--template={asked.template!r} is of --chat: add that, or leave it out.")
     sampling = Sampling(**{name: value for name in SAMPLING if (value := getattr(asked, name)) is not None})
     texts = [*asked.prompt, *_lines(asked.file)]
     if not texts:
@@ -85,6 +87,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="to continue; or several")
     parser.add_argument("--file", metavar="FILE", help="with a prompt in each line; - is standard input")
     parser.add_argument("--chat", action="store_true", help="prompts are messages, and the model answers them")
+    parser.add_argument("--template", metavar="NAME", help="of --chat (default: as the model knows)")
     parser.add_argument("--tokens", type=words.count, default=128, help="to make for each prompt (128)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends a text; or several")
     for name, (kind, said) in SAMPLING.items():
@@ -103,10 +106,10 @@ def _lines(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file={file!r} can't be read: {error}.") from error
-    return [line for line in text.splitlines() if line.strip()]
+    return [line for line in text.split("\n") if line.strip()]  # a prompt may hold what other lines end with
 
 
 def _prompts(
@@ -120,7 +123,10 @@ def _prompts(
     if not asked.chat:
         begin = trained.begin(loaded, tokenizer)
         return [prompt_ids(tokenizer, text, begin) for text in texts], loaded.ends
-    template = conversation.template_of(Path(asked.workdir or asked.source), loaded.config, tokenizer)
+    if asked.template:
+        template = chat.pick(asked.template, "")
+    else:
+        template = conversation.template_of(Path(asked.workdir or asked.source).expanduser(), loaded.config, tokenizer)
     messages = [[{"role": "user", "content": text}] for text in texts]
     found = [chat.encode(template, tokenizer, message, prompt=True)[0].tolist() for message in messages]
     return found, tuple(dict.fromkeys((*chat.stops(template, tokenizer), *loaded.ends)))

@@ -28,6 +28,7 @@ def import_(argv: Sequence[str]) -> int:
 
         from flaxmodels import hub, resume, sharding
 
+    flags.to = flags.to.expanduser()
     described = hub.describe(flags.source)
     entry, config = hub.adopt(described, flags.to, sharding.make_mesh(devices=jax.devices()[:1]), flags.dtype)
     resume.write_config(flags.to, config)
@@ -48,10 +49,11 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")
     parser.add_argument("--step", default="best", help='a number, "best" or "latest" (best)')
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new")
-    parser.add_argument("--shard_bytes", type=words.count, metavar="N", help="the most bytes of a file (5e9)")
+    parser.add_argument("--shard_bytes", type=_bytes, metavar="N", help="the most bytes of a file (5e9)")
     flags = _parse(parser, argv)
     if flags.format not in FORMATS:
         raise UserError(f"--format={flags.format!r} does not exist. {registry.suggest(flags.format, FORMATS)}")
+    flags.workdir, flags.to = flags.workdir.expanduser(), flags.to.expanduser()
     return FORMATS[flags.format](flags)
 
 
@@ -87,6 +89,8 @@ def _written(flags: argparse.Namespace, entry: "Entry", files: Sequence[Path], w
         print(json.dumps({"step": entry.step, "to": str(flags.to), "files": [file.name for file in files]}))
     else:
         words.say(f"{what} of {entry}, in {flags.to}: {', '.join(file.name for file in files)}")
+        if any(file.name == "tokenizer.json" and '"flaxmodels"' in file.read_text()[:20] for file in files):
+            words.say("tokenizer.json is one of ours (bytes, characters or words), which no other library reads")
     return exits.DONE
 
 
@@ -111,6 +115,17 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed: an accelerator may be in use by a run
     return flags
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes, such as 5e9, for argparse: more than `words.number` knows."""
+    try:
+        found = int(float(text))
+    except (ValueError, OverflowError):
+        found = 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes: expected 1 or more, such as 5e9")
+    return found
 
 
 def _size(leaves: Mapping[str, Any]) -> str:

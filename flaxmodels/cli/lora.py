@@ -29,6 +29,6 @@ def merge(argv: Sequence[str]) -> int:
         from flaxmodels import sharding
         from flaxmodels.inference import merging
 
-    mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    words.say(f"{flags.workdir}: {merging.merge(flags.workdir, flags.step, flags.to, mesh, flags.dtype)}")
+    mesh, folder = sharding.make_mesh(devices=jax.devices()[:1]), flags.workdir.expanduser()
+    words.say(f"{folder}: {merging.merge(folder, flags.step, flags.to.expanduser(), mesh, flags.dtype)}")
     return exits.DONE

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaxmodels import registry
@@ -30,7 +31,7 @@ def parser(verb: str, description: str | None, usage: str) -> argparse.ArgumentP
         allow_abbrev=False,
     )
     flags.add_argument("--workdir", metavar="DIR", help="of a run")
-    flags.add_argument("--step", default="best", help="of that run: best, latest, or a number (default: best)")
+    flags.add_argument("--step", help="of that run: best, latest, or a number (default: best)")
     flags.add_argument("--from", dest="source", metavar="DIR", help="a folder with weights as Hugging Face has them")
     flags.add_argument("--tensor", type=words.count, default=1, help="devices that share one model (1)")
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -49,6 +50,8 @@ def parse(flags: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Names
         raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
     if (asked.workdir is None) == (asked.source is None):
         raise UserError("name one model: --workdir=DIR of a run, or --from=DIR with weights as Hugging Face has them.")
+    if asked.source is not None and asked.step is not None:
+        raise UserError(f"--step={asked.step}: --from={asked.source!r} has one state alone. Leave it out.")
     return asked
 
 
@@ -58,13 +61,15 @@ def load(asked: argparse.Namespace) -> tuple["Loaded", "Tokenizer", "Mesh"]:
     Raises:
       UserError: it is not there, or was not trained on text.
     """
-    from flaxmodels import sharding
+    from flaxmodels import hub, sharding, shelf
     from flaxmodels.inference import loading
 
     mesh = sharding.make_mesh(tensor=asked.tensor)
-    loaded = loading.load(asked.workdir or asked.source, asked.step, mesh=mesh)
+    if asked.source is not None and not (Path(asked.source).expanduser() / shelf.CHECKPOINTS).is_dir():
+        hub.describe(asked.source)  # says what is wrong with the folder, where there is something
+    loaded = loading.load(asked.workdir or asked.source, asked.step or "best", mesh=mesh)
     if loaded.tokenizer is None:
-        raise UserError(f"{loaded.where} has no tokenizer: was it trained on text?")
+        raise UserError(f"{loaded.where} has no tokenizer.json: copy it there, if this is a model of text.")
     return loaded, loaded.tokenizer, mesh
 
 

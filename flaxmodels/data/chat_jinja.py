@@ -47,12 +47,18 @@ def find(path: str) -> Written | None:
             config = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(f"{file} can't be read as JSON: {error}.") from error
+        if not isinstance(config, dict):
+            raise UserError(f"{file} is {type(config).__name__}: expected a JSON object.")
     source = config.get("chat_template")
     if isinstance(source, list):  # several, by name
-        source = {one.get("name"): one.get("template") for one in source}.get("default")
+        named = [one for one in source if isinstance(one, dict)]
+        source = next((one.get("template") for one in named if one.get("name") == "default"), None)
     own = at if at.suffix in (".jinja", ".jinja2") else folder / FILE
     if own.is_file() and (at != file or source is None):
-        file, source = own, own.read_text(encoding="utf-8")
+        try:
+            file, source = own, own.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{own} can't be read as text: {error}.") from error
     if not isinstance(source, str):
         return None
     names = {key: value.get("content") if isinstance(value, dict) else value for key, value in config.items()}

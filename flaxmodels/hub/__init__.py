@@ -4,6 +4,7 @@ from flaxmodels.hub.directory import Described as Described
 from flaxmodels.hub.directory import chat_template as chat_template
 from flaxmodels.hub.directory import describe as describe
 from flaxmodels.hub.directory import is_directory as is_directory
+from flaxmodels.hub.reading import laid as laid
 from flaxmodels.hub.reading import read as read
 from flaxmodels.hub.reading import sharded as sharded
 from flaxmodels.hub.workdirs import adopt as adopt

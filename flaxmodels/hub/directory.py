@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxmodels import fitting, registry
+from flaxmodels import fitting, models, registry
 from flaxmodels.data import tokenizer
 from flaxmodels.fitting import PARAMS, Leaf
 from flaxmodels.hub import families, tensor_files
@@ -126,6 +126,10 @@ def describe(path: str | Path) -> Described:
         raise
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{folder / CONFIG} is damaged, or of another version: {error}. Copy it again.") from error
+    try:
+        models.build(architecture.model, **ours)  # does it take such values?
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} describes no model: {error}") from error
     files, found = _tensors(folder)
     found = _renamed(found, architecture.base, links)
     unused = tuple(tensor for tensor in found if re.search(architecture.unused, tensor))
@@ -178,11 +182,15 @@ def chat_template(folder: Path) -> str | None:
     """The template of conversations that a directory, or a workdir that was made of one, has; for Jinja."""
     file = folder / TEMPLATE
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file} can't be read as text: {error}. Copy it again.") from error
     config = folder / TOKENIZER_CONFIG
     template = _json(config).get("chat_template") if config.is_file() else None
     if isinstance(template, list):  # several, by name
-        template = next((one.get("template") for one in template if one.get("name") == "default"), None)
+        named = [one for one in template if isinstance(one, dict)]
+        template = next((one.get("template") for one in named if one.get("name") == "default"), None)
     return template if isinstance(template, str) else None
 
 

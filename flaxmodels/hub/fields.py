@@ -142,7 +142,7 @@ def to_llama(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def mistral(config: Config) -> Fields:
     """Mistral (https://arxiv.org/abs/2310.06825)."""
-    return _decoder(config) | {"windows": (config.get("sliding_window") or 0,)}
+    return _decoder(config) | {"windows": (config.get("sliding_window", 4096) or 0,)}
 
 
 def to_mistral(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +176,8 @@ def _qwen_windows(config: Config) -> tuple[int, ...]:
     if not config.get("use_sliding_window", False):
         return (0,)
     first = config.get("max_window_layers", 28)
-    return _windows(config, (_SLIDING if layer >= first else _FULL for layer in range(config["num_hidden_layers"])))
+    kinds = (_SLIDING if layer >= first else _FULL for layer in range(need(config, "num_hidden_layers")))
+    return _windows({"sliding_window": 4096, **config}, kinds)
 
 
 def gemma2(config: Config) -> Fields:
@@ -281,7 +282,7 @@ def _windows(config: Config, kinds: Iterable[str]) -> tuple[int, ...]:
 def period(windows: Sequence[int]) -> tuple[int, ...]:
     """The shortest beginning of which all of them are repetitions, the last one perhaps cut off."""
     sizes = (n for n in range(1, len(windows) + 1) if all(w == windows[i % n] for i, w in enumerate(windows)))
-    return tuple(windows[: next(sizes)])
+    return tuple(windows[: next(sizes, 0)])
 
 
 def _sliding(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -65,4 +65,6 @@ def ids_of(template: Template, tokenizer: Tokenizer, messages: Sequence[Message]
         ids, _ = chat.encode(template, tokenizer, kept, prompt=True)
         if len(ids) <= most:
             return ids.tolist(), left_out
-    raise UserError(f"the message has {len(ids)} tokens with what stands around it, and there is room for {most}.")
+    raise UserError(
+        f"the message has {len(ids)} tokens with what stands around it, and there is room for {most}: shorten it."
+    )

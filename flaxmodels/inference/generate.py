@@ -150,9 +150,11 @@ class Generator:
         if not prompt:
             raise UserError(f"prompt {number} has no token: a model continues at least one.")
         if len(prompt) + room > self.length:
+            fewer = ", or ask for fewer tokens" if room else ""
             more = f" and is to get {room} more by beam search" if room else ""
             raise UserError(
-                f"prompt {number} has {len(prompt)} tokens{more}; the model sees {self.length} at once: shorten it."
+                f"prompt {number} has {len(prompt)} tokens{more}; the model sees {self.length} at once: "
+                f"shorten it{fewer}."
             )
         if unknown := [i for i in prompt if not 0 <= i < self.model.vocab_size]:
             raise UserError(

@@ -68,8 +68,9 @@ def make(job: Job) -> Sampler | None:
     # As many tokens a dispatch as time allows would be another number in each process.
     steps = 1 if jax.process_count() > 1 else STEPS
     generator = Generator(
-        model, params, extra, batch=len(prompts), mesh=job.mesh, tokenizer=tokenizer, ends=ends, steps=steps
-    )
+        model, params, extra, batch=len(prompts) * sampling.beams, mesh=job.mesh, tokenizer=tokenizer, ends=ends,
+        steps=steps,
+    )  # fmt: skip
     generator.stream(prompts, sampling, asked.tokens)  # checks, and begins nothing
 
     def sampler(params: Any, extra: Any) -> list[dict[str, Any]]:

@@ -57,6 +57,8 @@ class Sampling:
             raise registry.UserError("sampling.top_p=0 leaves no token: use temperature=0 for the likeliest one.")
         idle = DRAWN[1:] if self.beams == 1 else ("repetition_penalty", *DRAWN[1:])
         told = [name for name in idle if getattr(self, name) != _OFF[name]]
+        if self.beams > 1 and self.temperature not in (0, 1):
+            told.insert(0, "temperature")
         if self.greedy and told:
             why = f"beams={self.beams} searches" if self.beams > 1 else "temperature=0 takes the likeliest token"
             raise registry.UserError(f"sampling.{told[0]}={getattr(self, told[0])!r}: {why}. Leave one of them out.")

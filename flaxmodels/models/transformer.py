@@ -144,6 +144,8 @@ class Transformer(nn.Module):
             raise ValueError(f"norm_plus_one=True is of RMS norms, and norm={self.norm!r}. Leave one of them out.")
         if self.post_norms and self.norm_place == "post":
             raise ValueError('post_norms=True adds norms to those of norm_place="pre", not "post". Leave one out.')
+        if not self.rope_base > 0:
+            raise ValueError(f"rope_base={self.rope_base!r} must be over 0: it is the base of wavelengths.")
         if self.rope_scaling is not None:
             factor, low, high, length = self.rope_scaling
             if not (factor >= 1 and 0 < low < high and length > 0):
