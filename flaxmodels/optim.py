@@ -225,6 +225,8 @@ def _matched(params: Any, table: tuple[_Rule, ...]) -> Any:
             raise UserError(
                 f"optim.rules: {rule.pattern!r} matches no parameter. {registry.suggest(rule.pattern, paths)}"
             )
+    if paths and all(_first(path, table).freeze for path in paths):
+        raise UserError(f"optim.rules freeze all {len(paths)} parameters, so nothing would train: leave some out.")
     return params
 
 

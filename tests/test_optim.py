@@ -361,9 +361,10 @@ def test_frozen_parameters_are_out_of_the_norm_that_clips():
         ),
         ((("head/kernal", {"freeze": True}),), r"Did you mean 'head/kernel'"),
         ((("head", {}), ("^mlp", {})), r"optim.rules: '\^mlp' matches no parameter"),
+        ((("", {"freeze": True}),), r"optim.rules freeze all \d+ parameters, so nothing would train"),
     ],
 )
-def test_a_rule_that_matches_nothing_is_an_error(rules, message):
+def test_a_rule_that_is_a_slip_is_an_error(rules, message):
     tx, _ = make(rules=rules)
     with pytest.raises(UserError, match=message):
         jax.eval_shape(tx.init, network())
