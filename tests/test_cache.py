@@ -74,7 +74,9 @@ def without(model, params, tokens=TOKENS):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name == "llama")) for name in MODELS]
+)
 def test_with_a_cache_as_without(name):
     """Read in pieces, then token by token; rows of unequal length, and the rest is padding."""
     (model, axes), lengths = MODELS[name], (20, 17, 5, 20)
