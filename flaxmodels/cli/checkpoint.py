@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxmodels import console, registry
+from flaxmodels import console
 from flaxmodels.cli import contents, words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
@@ -44,10 +44,7 @@ def _parser(action: str, description: str, steps: str = "", number: str = "*") -
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    flags = words.parse(parser, argv)
     _keep_off()
     return flags
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxmodels import config, registry
+from flaxmodels.cli import words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits, place
 
@@ -52,12 +53,10 @@ def _parsed(
     if given:
         flags = config.parse(parser, argv)
         return flags.arguments, flags.workdir, registry.plain(flags.config)
-    known, unknown = parser.parse_known_args(argv)
+    unknown = parser.parse_known_args(argv)[1]
     if unknown and unknown[0].startswith("--config."):
         raise UserError(f"{unknown[0]!r} changes a config, and none is named: add --config=FILE.")
-    if unknown:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    known = words.parse(parser, argv)
     return known, known.workdir, None
 
 

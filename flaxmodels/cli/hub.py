@@ -106,10 +106,7 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    flags = words.parse(parser, argv)
     with exits.importing():
         import jax
 

@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from flaxmodels import registry
 from flaxmodels.cli import words
-from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
 
@@ -18,10 +16,7 @@ def merge(argv: Sequence[str]) -> int:
     parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new: the workdir to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the parameters (default: of the base)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    flags = words.parse(parser, argv)
     with exits.importing():
         import jax
 

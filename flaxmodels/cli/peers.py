@@ -5,9 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flaxmodels import registry
 from flaxmodels.cli import words
-from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
 
@@ -31,10 +29,7 @@ def bench_peers(argv: Sequence[str]) -> int:
         "--to", type=Path, action="append", default=[], metavar="FILE", help="write a picture (.png), or JSON (.jsonl)"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    asked, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    asked = words.parse(parser, argv)
     to = bench_show.checked(asked.to)
     options = {
         "cores": asked.cores,

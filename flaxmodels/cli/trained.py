@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flaxmodels import registry
 from flaxmodels.cli import words
 from flaxmodels.registry import UserError
 
@@ -44,10 +43,7 @@ def parse(flags: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Names
     Raises:
       UserError: a flag is unknown, or not one model is named.
     """
-    asked, unknown = flags.parse_known_args(argv)
-    if unknown:
-        names = [option for action in flags._actions for option in action.option_strings]
-        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    asked = words.parse(flags, argv)
     if (asked.workdir is None) == (asked.source is None):
         raise UserError("name one model: --workdir=DIR of a run, or --from=DIR with weights as Hugging Face has them.")
     if asked.source is not None and asked.step is not None:

@@ -1,4 +1,4 @@
-"""What verbs share: numbers on the command line, and verbs that name one thing of several."""
+"""What verbs share: flags and numbers on the command line, and verbs that name one thing of several."""
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +27,15 @@ def count(text: str) -> int:
 def counts(text: str) -> tuple[int, ...]:
     """Integers, separated by commas, for argparse."""
     return tuple(map(number, text.split(",")))
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """What a command line says. UserError for a word that is no flag; it names the nearest."""
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [option for action in parser._actions for option in action.option_strings]
+        raise UserError(f"{unknown[0]!r} is not a flag. {registry.suggest(unknown[0].partition('=')[0], names)}")
+    return flags
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """Tokens that need no library: bytes, characters, words. What `tokenizer.py` trains, saves and loads."""
 
+import abc
 import dataclasses
 import functools
 import re
@@ -24,15 +25,15 @@ _CUT = re.compile(r"\S(?= \S)|(?<=\S)\n(?=\S)")
 _PIECE = 2**12
 
 
-class _Special:
+class _Special(abc.ABC):
     """The tokens that stand for no text: `marks`, the last ids."""
 
     marks: tuple[str, ...]
 
     @property
+    @abc.abstractmethod
     def size(self) -> int:
         """Number of all tokens."""
-        raise NotImplementedError
 
     @property
     def special(self) -> Mapping[str, int]:

@@ -1,6 +1,6 @@
 """Files of the safetensors format: headers read and checked, arrays mapped, files written tensor by tensor.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes, the length of a header; the header, JSON: name -> dtype,
+The format, as the library `safetensors` documents it: 8 bytes, the length of a header; the header, JSON: name -> dtype,
 shape and the two ends of its bytes; then all bytes, without gaps. The `safetensors` library returns whole copies; here
 an array is a view of the mapped file, of which only what is used is read, and a file never stands in memory.
 """

@@ -156,7 +156,7 @@ def windows(size: int, silent: int, length: int, stride: int) -> Iterator[tuple[
     """Windows over a span in which each target counts once.
 
     The first one begins where the span does, and each next one `stride` tokens later, so that all targets but the first
-    have at least `length - stride` inputs before them (as in https://huggingface.co/docs/transformers/perplexity). With
+    have at least `length - stride` inputs before them (as `transformers` documents for perplexity). With
     `stride = length` windows lie side by side, as those of a contiguous evaluation split do.
 
     Args:
