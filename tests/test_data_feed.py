@@ -150,7 +150,7 @@ def in_processes(count, devices, tmp_path, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("count", "devices"), [(1, 8), (2, 4), pytest.param(4, 2, marks=pytest.mark.nightly)])
 def test_ids_do_not_depend_on_processes(count, devices, tmp_path):
     """Three epochs, stopped at a random step and gone on with by another number of workers, with 1 and 4 parts."""
     stop = int(np.random.default_rng(count).integers(20, STEPS - 20))

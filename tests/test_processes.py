@@ -121,7 +121,7 @@ def ended(processes, timeout=120):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["host", "device"])
+@pytest.mark.parametrize("placement", [pytest.param("host", marks=pytest.mark.nightly), "device"])
 def test_two_processes_are_one(placement):
     env = {
         **os.environ,

@@ -119,7 +119,9 @@ def test_a_run_that_ends_before_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("span", "said"), [("5:3", "4 to 8"), ("18:50", "16 to 20")])
+@pytest.mark.parametrize(
+    ("span", "said"), [("5:3", "4 to 8"), pytest.param("18:50", "16 to 20", marks=pytest.mark.nightly)]
+)
 def test_a_run_says_what_its_steps_did(tmp_path, span, said):
     """Two devices, dispatches of four steps: the same numbers as without, and products of both layers in the table."""
     config = small.config("mlp", train=dict(duration=20, steps_per_dispatch=4))

@@ -58,7 +58,7 @@ def test_the_chatbot_takes_a_folder():
     assert (config.start.workdir, config.data.tokens) == ("some/gpt2", "some/gpt2/tokenizer.json")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_classes_start_from_what_guessing_words_has_learned(tmp_path):
     table = tmp_path / "phrases.tsv"
     table.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in PHRASES))

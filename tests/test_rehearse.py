@@ -261,7 +261,7 @@ def test_two_hosts_pass(tmp_path):
     assert (tmp_path / "kept" / "workdir" / "checkpoints" / "4").is_dir()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_process_that_sleeps_is_named_and_nothing_is_left(tmp_path, monkeypatch):
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     (tmp_path / "config.py").write_text(CONFIG.format(model="sleeper:Sleeper"))

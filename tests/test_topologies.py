@@ -209,7 +209,11 @@ AXES = {"data": {}, "fsdp": dict(fsdp=8), "fsdp x tensor": dict(fsdp=4, tensor=2
 
 @libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+@pytest.mark.parametrize(
+    "axes",
+    [pytest.param(axes, marks=[pytest.mark.nightly] * (len(axes) < 2)) for axes in AXES.values()],
+    ids=AXES,
+)
 def test_the_transformer_compiles(axes):
     config = small.config(
         "transformer", mesh=axes or dict(data=8), data=dict(length=128, vocab_size=512, batch_size=32)

@@ -40,7 +40,7 @@ def killed(folder, topology, kills, figures, arguments=(f"--config={harness.TINY
 @pytest.mark.parametrize(
     ("topology", "kills"),
     [
-        pytest.param(T1, 4, marks=slow),
+        pytest.param(T1, 2, marks=slow),
         pytest.param(T2x4, 1, marks=nightly),
         pytest.param(T1, 40, marks=nightly),
         pytest.param(T8, 40, marks=nightly),
