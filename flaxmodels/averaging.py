@@ -1,7 +1,6 @@
 """The uniform average of the parameters of several checkpoints, as a checkpoint of its own (arXiv:1803.05407)."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxmodels import fitting, shelf, stored, tensors
+from flaxmodels import fitting, shelf, storage, stored, tensors
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.fitting import Leaf
 from flaxmodels.paths import path_of
@@ -62,7 +61,7 @@ def average(found: Sequence[Entry], to: Path) -> Entry:
         checkpoints.save(TrainState(params=params, **rest), newest.step, meta, facts=facts)
     config = newest.workdir / "config.json"
     if config.exists():
-        shutil.copyfile(config, to / config.name)
+        storage.copy(config, to / config.name)
     return shelf.find(to, newest.step)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from flaxmodels import checkpoint, fitting, guard, manifest, stored
+from flaxmodels import checkpoint, fitting, guard, manifest, storage, stored
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError, storable
 from flaxmodels.runtime import peers
@@ -27,7 +27,9 @@ WHY = {guard.NOT_FINITE: "not finite", guard.SPIKE: "spike"}
 
 def steps(workdir: Path) -> list[int]:
     """Steps of the capsules of a workdir, the same in all processes."""
-    found = [int(f.name) for f in (workdir / FOLDER).glob("*") if f.name.isdecimal() and manifest.committed(f)]
+    folder = workdir / FOLDER
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = [int(f.name) for f in there if f.name.isdecimal() and manifest.committed(f)]
     told: list[int] = peers.told(sorted(found))
     return told
 
@@ -81,10 +83,12 @@ def write(workdir: Path, state: TrainState, facts: Mapping[str, Any]) -> Path:
     """
     folder = (workdir / FOLDER / str(facts["step"])).absolute()
     rest = {"step": state.step, "extra": state.extra, "opt_state": state.opt_state}
+    if storage.is_object(folder) and jax.process_index() == 0:
+        storage.remove(folder)  # Orbax would ask for a right on the bucket that this needs nowhere else
     try:
         with ocp.StandardCheckpointer() as writer:
             for item, tree in (("params", state.params), ("rest", rest)):
-                writer.save(folder / item, tree, force=True)  # what a killed run left of it goes
+                writer.save(storage.for_orbax(folder / item), tree, force=True)  # what a killed run left of it goes
                 writer.wait_until_finished()
         if jax.process_index() == 0:
             manifest.write(folder, facts)
@@ -129,6 +133,6 @@ def restore(folder: Path, abstract: TrainState) -> TrainState:
             )
         )
     with ocp.StandardCheckpointer() as reader:
-        params = reader.restore(folder.absolute() / "params", abstract.params)
-        found = reader.restore(folder.absolute() / "rest", rest)
+        params = reader.restore(storage.for_orbax(folder / "params"), abstract.params)
+        found = reader.restore(storage.for_orbax(folder / "rest"), rest)
     return TrainState(params=params, **found)

@@ -5,6 +5,7 @@ whose rename is the commit: see `manifest`. It holds what a resume needs beside 
 the data. What is on disk, and what of it goes, is in `disk`.
 """
 
+import contextlib
 import importlib.metadata
 import time
 from collections.abc import Mapping
@@ -13,10 +14,11 @@ from typing import Any, Literal
 
 import orbax.checkpoint as ocp
 
-from flaxmodels import disk, fitting, manifest
+from flaxmodels import disk, fitting, manifest, storage
 from flaxmodels.registry import Positive, Steps, UserError
 from flaxmodels.runtime import peers
 from flaxmodels.runtime.exits import FaultError
+from flaxmodels.runtime.lease import answered
 from flaxmodels.saving import Saving
 from flaxmodels.state import TrainState
 
@@ -166,7 +168,8 @@ class Checkpoints:
         """What is wrong with the files of a step; each process reads its share, and all get the same answer."""
         if step in self._verified:
             return []
-        problems = manifest.verify(self.directory / str(step), peers.me(), peers.count())
+        with answered(self.directory):
+            problems = manifest.verify(self.directory / str(step), peers.me(), peers.count())
         if peers.count() > 1:
             try:
                 peers.settle("\n".join(problems))
@@ -302,7 +305,8 @@ class Checkpoints:
         """Raise an error of a save, or make a note of it and go on."""
         if error is None:
             return
-        self._newest = self._in_flight or self.latest()
+        with contextlib.suppress(OSError):  # of a bucket that does not answer
+            self._newest = self._in_flight or self.latest()
         if self.failed == "stop":
             raise error
         self._notes.append(f"warning: {str(error).partition('. ')[0]}; going on without it")
@@ -324,7 +328,7 @@ class Checkpoints:
         if problems := self._problems(step):
             raise UserError(self._refusal(step, problems))
         rest = {"step": abstract.step, "extra": abstract.extra, "opt_state": abstract.opt_state}
-        folder, reader = self.directory / str(step), ocp.StandardCheckpointHandler()
+        folder, reader = storage.for_orbax(self.directory / str(step)), ocp.StandardCheckpointHandler()
         # Before any array is read: Orbax would cast dtypes silently, and leave reads under way on another shape.
         saved = {"params": reader.metadata(folder / "params").tree, **reader.metadata(folder / "rest").tree}
         wanted = {"params": abstract.params, **rest}

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from flaxmodels import storage
 from flaxmodels.registry import UserError, suggest
 from flaxmodels.runtime import place, supervisor
 
@@ -47,7 +48,10 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
     )
     flags.add_argument("--config", required=True, metavar="FILE", help="config file, such as configs/digits_mlp.py")
     flags.add_argument(
-        "--workdir", type=_folder, metavar="DIR", help="what a run writes (default: runs/NAME_OF_CONFIG)"
+        "--workdir",
+        type=_folder,
+        metavar="DIR",
+        help="what a run writes; a folder or gs://BUCKET/NAME (default: runs/NAME_OF_CONFIG)",
     )
     flags.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return flags
@@ -56,7 +60,10 @@ def parser(prog: str, description: str) -> argparse.ArgumentParser:
 def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("'' is no folder: expected --workdir=DIR")
-    return Path(text)
+    try:
+        return storage.place(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def train_parser(prog: str) -> argparse.ArgumentParser:

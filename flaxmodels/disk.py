@@ -3,19 +3,23 @@
 A step is a folder named by its number. It is committed if it has a manifest; the disk is read each time, never a list
 in memory. A step leaves by one rename: into `deleted/`, which is emptied then; `uncommitted/`, where a kill or a crash
 came before its manifest; or `damaged/`, where nothing is ever deleted.
+
+In a bucket nothing can be renamed. There a step is deleted with its manifest, which goes first; `deleted/` holds a mark
+for each until the rest has gone. What is to stay is copied, its manifest last, before the manifest here goes.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from orbax.checkpoint import checkpoint_managers as policies
 
-from flaxmodels import manifest
+from flaxmodels import manifest, storage
 from flaxmodels.registry import UserError
 
 TRASH, UNCOMMITTED, DAMAGED = "deleted", "uncommitted", "damaged"
@@ -80,6 +84,8 @@ def _watched(metrics: dict[str, float]) -> float:
 
 def committed(directory: Path) -> list[int]:
     """The steps that are committed, in order. Whether their files are whole, `manifest.verify` knows."""
+    if storage.is_object(directory):  # one listing for all
+        return _steps(file.parent.name for file in directory.glob(f"*/{manifest.NAME}"))
     return [step for step in _numbered(directory) if manifest.committed(directory / str(step))]
 
 
@@ -102,7 +108,7 @@ def readable(directory: Path) -> list[Step]:
 
 
 def move(folder: Path, into: Path) -> Path:
-    """Move a folder into another one by one rename, which is on storage when this returns. Raises OSError.
+    """Move a folder into another one, by one rename where it can be; on storage when this returns. Raises OSError.
 
     Returns:
       Where it is now: a number is added to its name where that is taken.
@@ -112,6 +118,9 @@ def move(folder: Path, into: Path) -> Path:
     while free.exists():
         number += 1
         free = into / f"{folder.name}.{number}"
+    if storage.is_object(folder):
+        storage.move(folder, free, last=manifest.NAME)
+        return free
     folder.rename(free)
     manifest.sync(into)
     manifest.sync(folder.parent)
@@ -121,12 +130,37 @@ def move(folder: Path, into: Path) -> Path:
 def delete(directory: Path, steps: Sequence[int]) -> None:
     """Delete steps, the newest first: killed at any moment, this leaves whole ones only. Raises OSError."""
     for step in sorted(steps, reverse=True):
-        move(directory / str(step), directory / TRASH)
+        throw(directory / str(step), directory)
     empty(directory)
+
+
+def throw(folder: Path, directory: Path) -> None:
+    """Delete a folder at once; `empty` frees its space. Raises OSError.
+
+    Args:
+      folder: a step, or one that was moved aside.
+      directory: of the steps.
+    """
+    if not storage.is_object(folder):
+        move(folder, directory / TRASH)
+    elif folder.parent == directory:
+        (directory / TRASH / folder.name).write_bytes(b"")
+        (folder / manifest.NAME).unlink(missing_ok=True)
+    else:
+        storage.remove(folder)
 
 
 def empty(directory: Path) -> None:
     """Free the space of what was deleted."""
+    if storage.is_object(directory):
+        with contextlib.suppress(OSError):  # what is left goes with the next call
+            for mark in [*(directory / TRASH).iterdir()]:
+                folder = directory / mark.name
+                if not manifest.committed(folder):  # else it was marked, and not deleted
+                    storage.remove(folder)
+                if manifest.committed(folder) or not folder.is_dir():
+                    mark.unlink(missing_ok=True)
+        return
     shutil.rmtree(directory / TRASH, ignore_errors=True)
 
 
@@ -138,23 +172,24 @@ def retire(directory: Path, retention: Retention) -> None:
         for folder in [*aside.iterdir()]:
             number = folder.name.partition(".")[0]
             if number.isdecimal() and int(number) <= steps[-1].step:  # else it is not ours
-                move(folder, directory / TRASH)
-        if not any(aside.iterdir()):
+                throw(folder, directory)
+        if not storage.is_object(aside) and not any(aside.iterdir()):
             aside.rmdir()
     delete(directory, retention.surplus(steps))
 
 
 def sweep(directory: Path) -> None:
     """Free the space of saves that failed or were cut off, none being in flight."""
-    for folder in directory.glob(f"*{TEMPORARY}*"):
-        shutil.rmtree(folder, ignore_errors=True)
+    if not storage.is_object(directory):  # there a save has the name of its step from the beginning
+        for folder in directory.glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     empty(directory)
 
 
 def clear(directory: Path, step: int) -> None:
     """Free the space of the save of a step that failed; if it was committed all the same, that stays."""
     if (directory / str(step)).is_dir() and not manifest.committed(directory / str(step)):
-        shutil.rmtree(directory / str(step), ignore_errors=True)
+        storage.remove(directory / str(step))
     sweep(directory)
 
 
@@ -191,5 +226,8 @@ def _numbered(directory: Path) -> list[int]:
     """The steps that have a folder."""
     if not directory.is_dir():
         return []
-    names = (file.name for file in directory.iterdir() if file.is_dir())
+    return _steps(file.name for file in directory.iterdir() if storage.is_object(file) or file.is_dir())
+
+
+def _steps(names: Iterable[str]) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdecimal() and str(int(name)) == name)

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from flaxmodels import basis, optim, registry, resume, together
+from flaxmodels import basis, optim, registry, resume, storage, together
 from flaxmodels.evaluate import evaluate
 from flaxmodels.job import Job
 from flaxmodels.registry import UserError
@@ -28,10 +28,11 @@ def evaluate_checkpoint(
     Raises:
       UserError: there is no such checkpoint, or it does not fit the config.
     """
-    folder = Path(workdir) / "checkpoints"
+    workdir = storage.place(workdir)
+    folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"--workdir={str(workdir)!r} has no checkpoints: train first, or name the workdir of a run.")
-    with contextlib.closing(open_checkpoints(job, Path(workdir), read_only=True)) as checkpoints:
+    with contextlib.closing(open_checkpoints(job, workdir, read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         named = {"best": checkpoints.best() or checkpoints.latest(), "latest": checkpoints.latest()}
         step = named.get(which, int(which) if which.isdecimal() else None)

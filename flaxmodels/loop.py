@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 import jax
 
-from flaxmodels import capsule, memory, registry, resume, sections, sharding, together, watch
+from flaxmodels import banner, capsule, memory, mirror, registry, resume, sections, sharding, storage, together, watch
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data.loading import WORKER
 from flaxmodels.inference import samples
@@ -74,7 +74,7 @@ def fit(
     Args:
       config: sections "model", "loss", "optim", "data", "mesh", "sharding", "precision", "train", "guard",
         "checkpoint", "start", "samples", and "seed".
-      workdir: everything is written here; one folder that all processes see.
+      workdir: everything is written here; one folder that all processes see, or "gs://BUCKET/NAME".
       allow_config_change: resume although the config differs from the one that the workdir was trained with.
       allow_data_change: resume although the data are not those that the workdir was trained on.
       devices: to train on; None takes all that there are.
@@ -96,14 +96,17 @@ def fit(
         stop.rest()  # nothing is computed yet: a signal ends the run at once
         stack.enter_context(preemption.watched(stop.ask))
         stack.enter_context(peers.telling())
-        workdir, rows = Path(workdir), sections.resolved(config)
+        workdir, rows = storage.place(workdir), sections.resolved(config)
         resolved = {key: value for key, value, _ in rows}
         devices = sharding.find_devices(resolved["mesh.platform"]) if devices is None else devices
         if exits.commanding():  # a program that calls `fit` has its own use for the memory that it frees
             heap.keep(devices[0].platform)
         first = together.first()  # that one writes; Orbax saves from all
+        if first:
+            banner.ahead()
         locked = stack.enter_context(workdir_lock(workdir) if first else contextlib.nullcontext(""))
-        attempt = stack.enter_context(goodput.recorded(workdir if first else None))
+        folder = stack.enter_context(mirror.kept(workdir, peers.me()))
+        attempt = stack.enter_context(goodput.recorded(folder if first else None))
         allowed = {"allow_config_change": allow_config_change, "allow_data_change": allow_data_change}
         together.same_start(workdir, resolved, devices, **allowed)
         resume.same_config(workdir, rows, allow_config_change)
@@ -122,8 +125,8 @@ def fit(
         stack.enter_context(peers.telling())  # closing checkpoints may wait for the others
         programs = Programs(job, train, evaluation, stack.enter_context(memory.explained(job)))
         context = Context(
-            job, workdir, programs, checkpoints, stop, attempt, resolved, allow_data_change, (locked, *removed), stream,
-            profiler, sampler,
+            job, workdir, folder, programs, checkpoints, stop, attempt, resolved, allow_data_change,
+            (locked, *removed), stream, profiler, sampler,
         )  # fmt: skip
         while True:
             try:
@@ -138,6 +141,7 @@ class Context:
 
     job: Job
     workdir: Path
+    folder: Path  # for what is appended to
     programs: Programs
     checkpoints: Checkpoints
     stop: Stop
@@ -173,16 +177,15 @@ def _stretch(of: Context) -> Outcome:
         resume.write_config(of.workdir, of.resolved)
         resume.write_tokenizer(of.workdir, job.source.tokenizer)
     with Writers(
-        of.workdir,
+        of.folder,
         total_steps=job.total_steps,
         start_step=start,
         examples_per_step=job.train.batch_size,
         stream=of.stream,
         enabled=first,
     ) as writers:
-        resumed = f", resumed at step {start}" if start else ""
-        lines = (*together.note(), *of.found, *job.notes, f"workdir: {of.workdir}{resumed}", *changes)
-        for line in filter(None, (*lines, *of.checkpoints.notes())):
+        lines = banner.lines(job, of.workdir, start) if first else []
+        for line in filter(None, (*lines, *of.found, *changes, *of.checkpoints.notes())):
             writers.note(line)
         writers.parameter_table(parameter_rows(job.abstract.params))
         decision = agreement.make(of.stop, of.checkpoints.late, job.mesh)

@@ -2,8 +2,9 @@
 
 Writing it is the commit. All files and folders are forced to storage first, then the manifest is written under another
 name, forced to storage too, and renamed: so what a crash leaves is a folder without a manifest, which was never
-committed, or one whose manifest describes files that are there. Orbax's arrays carry no checksum: without this a
-flipped bit comes back as another weight, and no one is told.
+committed, or one whose manifest describes files that are there. In a bucket, where an object is there whole or not at
+all, the manifest is one object, written last; and what it says of the others is what was read back from there. Orbax's
+arrays carry no checksum: without this a flipped bit comes back as another weight, and no one is told.
 
 The manifest holds the SHA-256 of itself and is written in one way only: no byte of it can change unseen.
 """
@@ -17,7 +18,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flaxmodels import storage
 from flaxmodels.registry import UserError, storable
+from flaxmodels.storage import sync
 
 NAME = "MANIFEST.json"
 FORMAT = 1
@@ -41,10 +44,11 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
       OSError: a file can't be read or forced to storage, or the manifest can't be written. Nothing is committed.
     """
     names = _files(folder)
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with _threads(folder) as threads:
         found = dict(zip(names, threads.map(lambda name: _described(folder / name, durable=True), names)))
-    for inner in sorted({folder / parent for name in names for parent in Path(name).parents}, reverse=True):
-        sync(inner)
+    if not storage.is_object(folder):
+        for inner in sorted({folder / parent for name in names for parent in Path(name).parents}, reverse=True):
+            sync(inner)
     _replace(folder, facts, found)
     sync(folder.parent)  # the folder's own name
 
@@ -64,6 +68,7 @@ def read(folder: Path) -> dict[str, Any]:
 
     Raises:
       UserError: there is no manifest, or it is damaged; names the file.
+      OSError: a bucket does not answer.
     """
     return dict(_content(folder)["facts"])
 
@@ -75,10 +80,15 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
       folder: with a manifest.
       part: verify this share of the files only: several processes split the work.
       parts: how many shares there are.
+
+    Raises:
+      OSError: a bucket does not answer, which says nothing of what is in it.
     """
     try:
         listed = _content(folder)["files"]
     except UserError as error:
+        if isinstance(error, OSError):  # a bucket that may not be read
+            raise
         return [str(error)] if part == 0 else []
     there = set(_files(folder))
     problems = [f"{name} is missing" for name in listed if name not in there]
@@ -86,25 +96,22 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     problems = problems if part == 0 else []
     # The largest first, in turns: so the shares are even.
     names = sorted(there & set(listed), key=lambda name: (-listed[name]["size"], name))[part::parts]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as threads:
+    with _threads(folder) as threads:
         return problems + [p for p in threads.map(lambda name: _problem(folder / name, name, listed[name]), names) if p]
 
 
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to storage. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _threads(folder: Path) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(storage.threads(folder, THREADS))
 
 
 def _problem(file: Path, name: str, listed: Mapping[str, Any]) -> str:
     try:
-        if not stat.S_ISREG(file.lstat().st_mode):
+        if not storage.is_object(file) and not stat.S_ISREG(file.lstat().st_mode):
             return f"{name} is not a plain file any more"
         found = _described(file, durable=False)
     except OSError as error:
+        if storage.is_object(file) and not isinstance(error, FileNotFoundError):
+            raise
         return f"{name} can't be read: {error.strerror}"
     if found["size"] != listed["size"]:
         return f"{name} has {found['size']:,} bytes, {listed['size']:,} were written"
@@ -113,6 +120,8 @@ def _problem(file: Path, name: str, listed: Mapping[str, Any]) -> str:
 
 def _described(file: Path, *, durable: bool) -> dict[str, Any]:
     """Size and SHA-256 of a file, which is forced to storage where `durable`."""
+    if storage.is_object(file):
+        return storage.objects(file).sha256()
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
         size = opened.tell()
@@ -123,6 +132,8 @@ def _described(file: Path, *, durable: bool) -> dict[str, Any]:
 
 def _files(folder: Path) -> list[str]:
     """All files below a folder, manifests aside: names with "/", in order."""
+    if storage.is_object(folder):
+        return [name for name in storage.objects(folder).below() if name != NAME]
     found = (Path(top, name).relative_to(folder).as_posix() for top, _, names in os.walk(folder) for name in names)
     return sorted(name for name in found if name not in (NAME, _new(NAME)))
 
@@ -133,6 +144,9 @@ def _new(name: str) -> str:
 
 def _replace(folder: Path, facts: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     text = _text({"format": FORMAT, "facts": storable(facts), "files": files})
+    if storage.is_object(folder):
+        storage.objects(folder / NAME).write_text(text)
+        return
     new = folder / _new(NAME)
     try:
         with new.open("w") as opened:
@@ -161,6 +175,8 @@ def _content(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{NAME} is missing from {str(folder)!r}: it was never committed.") from error
     except OSError as error:
+        if storage.is_object(file):
+            raise
         raise UserError(f"{NAME} in {str(folder)!r} can't be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, RecursionError):
         same = False

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from flaxmodels import basis, guard, lora, manifest, registry, warm
+from flaxmodels import basis, guard, lora, registry, storage, warm
 from flaxmodels.checkpoint import Checkpoints, versions
 from flaxmodels.data import tokenizer
 from flaxmodels.data.split import Tokenizer
@@ -211,7 +211,8 @@ def same_config(workdir: Path, rows: list[tuple[str, Any, str]], allowed: bool) 
       UserError: it lists the keys that differ.
     """
     file = workdir / "config.json"
-    if allowed or not file.exists() or not any(f.name.isdecimal() for f in (workdir / "checkpoints").glob("*")):
+    steps = workdir / "checkpoints"
+    if allowed or not file.exists() or not (steps.is_dir() and any(f.name.isdecimal() for f in steps.iterdir())):
         return
     try:
         old = dict(json.loads(file.read_text())["config"])
@@ -244,9 +245,5 @@ def write_tokenizer(workdir: Path, made: Tokenizer | None) -> None:
 
 
 def _write(file: Path, text: str) -> None:
-    if file.exists() and file.read_bytes() == text.encode():
-        return
-    new = file.with_suffix(".tmp")
-    new.write_text(text, encoding="utf-8")
-    manifest.sync(new)
-    new.replace(file)
+    if not file.exists() or file.read_bytes() != text.encode():
+        storage.write(file, text.encode())

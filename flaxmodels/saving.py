@@ -5,19 +5,21 @@ limit goes by the clock on the wall, which may jump. Here `look` tells at once, 
 that counts seconds.
 """
 
+import contextlib
 import errno
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 from orbax.checkpoint.path import atomicity
+from orbax.checkpoint.path import step as naming
 
-from flaxmodels import disk, manifest
+from flaxmodels import disk, manifest, mirror, storage
 from flaxmodels.runtime import exits, peers
 from flaxmodels.runtime.exits import FaultError
 
@@ -27,20 +29,41 @@ PAUSE = 0.002
 AFTER = 60.0  # a save that failed, for which what it left is looked for
 
 
-def _committing(directory: Path, commit: Callable[[Path], None]) -> type[atomicity.AtomicRenameTemporaryPath]:
+def _committing(directory: Path, commit: Callable[[Path], None]) -> type[atomicity.TemporaryPathBase]:
     """How Orbax shall finish what it writes: as ever, and then a whole step is committed, by its own thread.
 
     Its callback after finalization comes too early: two more files of the step are written after it.
     """
+    # In a bucket nothing can be renamed: a step has its name from the beginning, and its manifest makes it one.
+    objects = storage.is_object(directory)
+    base: Any = atomicity.CommitFileTemporaryPath if objects else atomicity.AtomicRenameTemporaryPath
 
-    class Committing(atomicity.AtomicRenameTemporaryPath):
+    class Committing(base):
         async def finalize(self) -> None:
             await super().finalize()
-            final = Path(self.get_final())
+            final = storage.place(self.get_final())
             if final.parent == directory:  # the items of a step pass here too
                 commit(final)
 
     return Committing
+
+
+class _Found(naming.NameFormat):
+    """How Orbax shall name and find the steps in a bucket: its own way asks for a right on the bucket itself."""
+
+    def build_name(self, step: int) -> str:
+        return str(step)
+
+    def find_all(self, base_path: Any) -> Iterator[naming.Metadata]:
+        directory = storage.place(base_path)
+        for step in disk.committed(directory):
+            yield naming.Metadata(step=step, path=storage.for_orbax(directory / str(step)))
+
+    def find_step(self, base_path: Any, step: int) -> naming.Metadata:
+        for found in self.find_all(base_path):
+            if found.step == step:
+                return found
+        raise ValueError(f"no step {step} in {base_path}")
 
 
 class Saving:
@@ -65,6 +88,7 @@ class Saving:
         self.notes: list[str] = []
         self._facts: Mapping[str, Any] = {}
         self._begun = self._unclean = 0.0
+        self._failed: set[int] = set()  # steps whose saves did
         options = ocp.CheckpointManagerOptions(
             # What is kept is decided when a step is committed, by what is on disk then.
             preservation_policy=policies.LatestN(None),
@@ -73,8 +97,9 @@ class Saving:
             # Made beside the rest, folders are waited for by several threads, by the clock on the wall.
             async_options=ocp.AsyncOptions(timeout_secs=NEVER, create_directories_asynchronously=False),
             lightweight_initialize=True,
+            step_name_format=_Found() if storage.is_object(directory) else None,
         )
-        self.manager = ocp.CheckpointManager(directory, options=options)
+        self.manager = ocp.CheckpointManager(storage.for_orbax(directory), options=options)
 
     def begin(self, step: int, items: ocp.args.Composite, facts: Mapping[str, Any]) -> FaultError | None:
         """Start a save, nothing being in flight; returns when its arrays are copied. How it failed, if it did at once.
@@ -86,14 +111,20 @@ class Saving:
         """
         self.step, self._facts, self._begun, self.overdue = step, facts, time.monotonic(), False
         self._sweep()
+        self._failed.discard(step)
         try:
             self.manager.save(step, args=items, force=True)
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and not storage.is_object(self.directory):
+                raise  # of a bucket, Orbax's clients have errors of their own kinds
             return self._lost(error)
         return None
 
     def _commit(self, folder: Path) -> None:
         """In Orbax's thread of process 0, when all is written and before anything is deleted."""
+        if folder.name != str(self.step):  # one part of it failed, and the others went on
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        mirror.flush(self.directory.parent)
         manifest.write(folder, self._facts)
         try:
             disk.retire(self.directory, self.retention)
@@ -147,22 +178,30 @@ class Saving:
     def _lost(self, error: Exception) -> FaultError:
         """The save in flight failed: free what it has left."""
         assert self.step is not None
-        if peers.me() == 0:
-            disk.clear(self.directory, self.step)
-        steps = disk.committed(self.directory)
-        whole = f"step {steps[-1]} is there and whole" if steps else "no step was saved before it"
+        try:
+            if peers.me() == 0:
+                disk.clear(self.directory, self.step)
+            steps = disk.committed(self.directory)
+            whole = f"step {steps[-1]} is there and whole" if steps else "no step was saved before it"
+        except OSError:  # a bucket that does not answer
+            whole = "what was saved before it is untouched"
         lost = FaultError(
             f"{self} failed: {cause(error)}; {whole}. Set this right, and the same command goes on from there."
         )
         lost.__cause__ = error
+        self._failed.add(self.step)
         self.step, self._unclean = None, time.monotonic() + AFTER
         exits.abandon()  # threads of it may wait for each other for ever
         return lost
 
     def _sweep(self) -> None:
         """Of several items that are written at once one fails; what others still wrote then is freed, too."""
-        if peers.me() == 0:
+        if peers.me() != 0:
+            return
+        with contextlib.suppress(OSError):  # of a bucket: the next call may find it again
             disk.sweep(self.directory)
+            for step in self._failed if storage.is_object(self.directory) else ():  # they have their steps' own names
+                disk.clear(self.directory, step)
 
 
 def cause(error: BaseException) -> str:

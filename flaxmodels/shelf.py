@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flaxmodels import disk, manifest, registry
+from flaxmodels import disk, manifest, registry, storage
 from flaxmodels.registry import UserError
+from flaxmodels.runtime.lease import answered
 
 CHECKPOINTS = "checkpoints"
 
@@ -68,17 +69,26 @@ def entries(workdir: Path, flag: str = "--workdir") -> list[Entry]:
 
     Raises:
       UserError: it is no workdir.
+      FaultError: its bucket does not answer.
     """
+    with answered(workdir):
+        return _entries(workdir, flag)
+
+
+def _entries(workdir: Path, flag: str) -> list[Entry]:
     folder = workdir / CHECKPOINTS
     if not folder.is_dir():
         what = "is not there" if not workdir.exists() else "has no checkpoints"
         raise UserError(f"{flag}={str(workdir)!r} {what}: expected the workdir of a run.{_near(workdir)}")
-    found = (_entry(child) for child in folder.iterdir() if child.name.isdecimal() and child.is_dir())
+    numbered = (child for child in folder.iterdir() if child.name.isdecimal())
+    found = (_entry(child) for child in numbered if storage.is_object(child) or child.is_dir())
     return sorted((entry for entry in found if entry is not None), key=lambda entry: entry.step)
 
 
 def _near(workdir: Path) -> str:
     """The workdirs in or beside a folder, for a message."""
+    if storage.is_object(workdir):  # whose bucket may hold anything
+        return ""
     for folder in (workdir, workdir.parent):
         if known := [str(child.parent) for child in folder.glob(f"*/{CHECKPOINTS}") if child.is_dir()]:
             return f" {registry.suggest(workdir, known)}"
@@ -90,7 +100,7 @@ def _entry(folder: Path) -> Entry | None:
     try:
         committed = manifest.committed(folder)
         size = _size(folder)
-        saved = (folder / manifest.NAME if committed else folder).stat().st_mtime
+        saved = storage.changed(folder / manifest.NAME if committed else folder)
     except FileNotFoundError:
         return None
     facts: dict[str, Any] = {}
@@ -101,7 +111,7 @@ def _entry(folder: Path) -> Entry | None:
 
 
 def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return sum(storage.sizes(folder).values())
 
 
 def best(found: Sequence[Entry]) -> Entry | None:
@@ -150,8 +160,12 @@ def problems(entry: Entry, part: int = 0, parts: int = 1) -> list[str]:
       entry: a step. All of it is read.
       part: read this share of it only: several processes split the work.
       parts: how many shares there are.
+
+    Raises:
+      FaultError: its bucket does not answer.
     """
-    return manifest.verify(entry.folder, part, parts)
+    with answered(entry.workdir):
+        return manifest.verify(entry.folder, part, parts)
 
 
 def check(entry: Entry) -> None:
@@ -227,7 +241,8 @@ def _surplus(found: Sequence[Entry], newest: int, best: int, every: int) -> set[
 def aside(workdir: Path) -> list[tuple[str, int]]:
     """(name, bytes) of the steps that a run moved aside: damaged ones, and those that never were committed."""
     folder = workdir / CHECKPOINTS
-    found = [step for kind in (disk.DAMAGED, disk.UNCOMMITTED) for step in sorted((folder / kind).glob("*"))]
+    kinds = [folder / kind for kind in (disk.DAMAGED, disk.UNCOMMITTED)]
+    found = [step for kind in kinds if kind.is_dir() for step in sorted(kind.iterdir())]
     return [(step.relative_to(folder).as_posix(), _size(step)) for step in found]
 
 
@@ -245,7 +260,7 @@ def throw_away(workdir: Path, steps: Sequence[Entry], others: Sequence[tuple[str
     folder = workdir / CHECKPOINTS
     try:
         for name, _ in others:
-            disk.move(folder / name, folder / disk.TRASH)
+            disk.throw(folder / name, folder)
         disk.delete(folder, [entry.step for entry in steps])
     except OSError as error:
         raise UserError(f"{str(folder)!r} can't be written: {error.strerror}.") from error

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from flaxmodels import fitting
+from flaxmodels import fitting, storage
 from flaxmodels.fitting import Leaf
 from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
@@ -81,14 +81,14 @@ def _read(folder: Path, wanted: Mapping[str, ocp.RestoreArgs]) -> dict[str, Any]
 
 def _metadata(folder: Path, item: str) -> Any:
     try:
-        return ocp.PyTreeCheckpointHandler().metadata(folder.absolute() / item).tree
+        return ocp.PyTreeCheckpointHandler().metadata(storage.for_orbax(folder / item)).tree
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from error
 
 
 def _restored(folder: Path, item: str, args: ocp.args.PyTreeRestore) -> Any:
     try:
-        return ocp.PyTreeCheckpointHandler().restore(folder.absolute() / item, args=args)
+        return ocp.PyTreeCheckpointHandler().restore(storage.for_orbax(folder / item), args=args)
     except (OSError, ValueError, KeyError) as error:
         raise _damaged(folder, error) from error
 

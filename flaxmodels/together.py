@@ -81,7 +81,7 @@ def _one_folder(workdir: Path) -> None:
     there = f"{first['host']}, {first['folder']!r}"
     problem = (
         f"{peers.name()}: --workdir={str(workdir)!r} is not the folder of process 0 ({there}). All need one that they "
-        "share: on a network file system, or in a bucket that every host has mounted."
+        "share: on a network file system, or in a bucket, gs://BUCKET/NAME."
     )
     peers.settle("" if seen else problem)
 
@@ -112,16 +112,10 @@ def same_programs(job: Job, programs: Mapping[str, jax.stages.Lowered]) -> None:
     peers.compare({"mesh": mesh, "data": data, "program": hashes})
 
 
-def end(error: exits.SignalledError) -> NoReturn:
+def end(error: exits.FaultError) -> NoReturn:
     """End this process at once, and the others of the run with it; from any thread, whatever the main one is in."""
     if peers.count() > 1:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # process 0 has gone, and with it the way to the others
             peers.report(error)
             peers.cut()
     exits.leave(error)
-
-
-def note() -> tuple[str, ...]:
-    """A line for the log on how many processes there are, if there are several."""
-    count, local = peers.count(), jax.local_device_count()
-    return (f"processes: {count}, of {local} devices each; this is process 0, on {socket.gethostname()}",)[: count - 1]

@@ -7,13 +7,12 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from flaxmodels import fitting, hub, lora, registry, shelf, stored
+from flaxmodels import fitting, hub, lora, registry, shelf, storage, stored
 from flaxmodels.fitting import Leaf
 from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
@@ -174,7 +173,7 @@ def find(origin: Origin) -> Store:
     Raises:
       UserError: it is not there, or damaged.
     """
-    folder = Path(origin.workdir or "")
+    folder = storage.place(origin.workdir or "")
     if hub.is_directory(folder):
         if origin.step != Origin.step:
             raise UserError(

@@ -10,7 +10,6 @@ same ones. Batches that are left out one at a time need no record: the step find
 import collections
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import jax
 
-from flaxmodels import guard
+from flaxmodels import guard, storage
 from flaxmodels.guard import Guard
 from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
@@ -246,14 +245,4 @@ def write(workdir: Path, rollbacks: Sequence[RollBack]) -> None:
 
 def _write(workdir: Path, rollbacks: Sequence[RollBack]) -> None:
     rows = [{"first": past.first, "stop": past.stop, "loss": past.loss.hex()} for past in rollbacks]
-    new = workdir / f"{FILE}.tmp"
-    with new.open("w") as file:
-        file.write(json.dumps({"rollbacks": rows}, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(workdir / FILE)
-    folder = os.open(workdir, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    storage.write(workdir / FILE, f"{json.dumps({'rollbacks': rows}, indent=1)}\n".encode())

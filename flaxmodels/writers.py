@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from flaxmodels import console, curves
+from flaxmodels import console, curves, mirror
 
 # (path, shape, dtype, spec, number of elements, bytes) of one parameter.
 ParameterRow = tuple[str, Sequence[int], str, str, int, int]
@@ -178,7 +178,7 @@ class Writers:
         )
         try:
             curves.draw(history, self._workdir / "curves.png")
-            self.note(f"curves: {self._workdir / 'curves.png'}")
+            self.note(f"curves: {mirror.remote(self._workdir / 'curves.png')}")
         except (ImportError, OSError) as error:
             self.note(f"warning: curves.png was not drawn: {error}")
 

@@ -1,5 +1,6 @@
 """The doctor: each check on facts that are made up, then the whole command on this machine."""
 
+import contextlib
 import dataclasses
 import fcntl
 import io
@@ -19,6 +20,7 @@ from flaxmodels.cli.doctor import doctor
 from flaxmodels.registry import UserError
 from flaxmodels.verify import devices, finding, hosts, machine, storage, versions
 from flaxmodels.verify import doctor as examination
+from flaxmodels.verify.expected import Expected, chips, here
 from flaxmodels.verify.finding import Finding
 
 ROOT = Path(__file__).parent.parent
@@ -308,6 +310,14 @@ def test_storage_that_can_not_be_written(tmp_path, monkeypatch):
     assert level == "warning" and "choose another" in text
 
 
+def test_data_sets_lie_on_this_machine():
+    (found,) = examination.data_sets({})
+    assert found.level == "ok" and found.text == str(Path("~/tensorflow_datasets").expanduser())
+    assert examination.data_sets({"TFDS_DATA_DIR": "/data"})[0].text == "/data"
+    level, text = only(examination.data_sets({"TFDS_DATA_DIR": "gs://bucket/sets"}))
+    assert level == "warning" and "TFDS_DATA_DIR=gs://bucket/sets is no folder of this machine" in text
+
+
 def step(workdir, number, *, commit=True):
     folder = workdir / "checkpoints" / str(number)
     folder.mkdir(parents=True)
@@ -355,14 +365,49 @@ HOST = dict(host="a", devices=["cpu"] * 4, offset=0.0, bound=0.0)
 )
 def test_hosts_that_do_not_fit_together(other, said):
     third = {**HOST, "host": "c"}
-    assert said in only(hosts.present([HOST, {**HOST, "host": "b", "bound": 0.05, **other}, third]))[1]
+    assert said in only(hosts.present([HOST, {**HOST, "host": "b", "bound": 0.05, **other}, third], Expected()))[1]
 
 
 def test_hosts_that_fit_together():
-    found = hosts.present([HOST, {**HOST, "host": "b", "offset": 0.9, "bound": 0.3}])
-    assert [one.text for one in found] == [
-        "2 processes on 2 hosts (a, b), 8 devices in all", "of all hosts within 1200 ms of that of process 0",
-    ]  # fmt: skip
+    said = [HOST, {**HOST, "host": "b", "offset": 0.9, "bound": 0.3}]
+    texts = ["2 processes on 2 hosts (a, b), 8 devices in all", "of all hosts within 1200 ms of that of process 0"]
+    assert [one.text for one in hosts.present(said, Expected())] == texts
+    assert [one.text for one in hosts.present(said, Expected(2, 8))] == [texts[0], "all 8 are there", texts[1]]
+    assert [one.text for one in hosts.present(said, Expected(chips=8))] == [texts[0], "all 8 are there", texts[1]]
+
+
+@pytest.mark.parametrize(
+    ("expected", "said"),
+    [
+        (Expected(3), r"hosts .*the run has 2 processes, and 3 are expected; here are a, b\. .*--num_processes=3"),
+        (Expected(2, 8), r"chips .*process 1 \(b\) has 2 of 4 chips\. "),
+        (Expected(chips=8), r"chips .*process 1 \(b\) has 2 of 4 chips\. "),
+        (Expected(2, 4), r"chips .*process 0 \(a\) has 4 chips, and 2 are expected\. "),
+        (Expected(chips=7), r"chips .*6 of 7 chips are there"),
+    ],
+)
+def test_what_is_missing_is_named(expected, said):
+    found = hosts.present([HOST, {**HOST, "host": "b", "devices": ["cpu"] * 2}], expected)
+    wrong = [str(one) for one in found if one.level == "problem"]
+    assert wrong and re.search(said, wrong[0]), wrong
+    assert expected.chips is None or not any("most have" in one for one in wrong)
+
+
+def test_halves_of_a_chip_are_one():
+    assert chips(["TPU v3"] * 8) == 4 and chips(["TPU v5 lite"] * 4) == 4 and chips(["cpu"] * 3) == 3 and chips([]) == 0
+    found = hosts.present([{**HOST, "devices": ["TPU v3"] * 8}] * 2, Expected(2, 8))
+    assert not bad(found) and "all 8 are there" in [one.text for one in found]
+
+
+def test_this_host_and_its_share():
+    assert here(4, Expected()) == [] and here(4, Expected(1)) == []
+    assert [one.text for one in here(4, Expected(1, 4))] == ["4 of 4 of this host are there"]
+    assert "this host has 3 of 4 chips." in only(here(3, Expected(1, 4)))[1]
+    alone, few = bad(here(0, Expected(4, 16)))
+    assert "this process is alone, and 4 are expected" in alone[1] and "this host has 0 of 4 chips" in few[1]
+    assert not bad(here(4, Expected(4, 16), alone=False))
+    with pytest.raises(UserError, match=r"--chips=15 does not divide over --hosts=4: expected"):
+        Expected(4, 15)
 
 
 def test_a_clock_is_compared_with_that_of_process_0(monkeypatch):
@@ -416,11 +461,22 @@ def test_a_table_in_a_terminal(width, monkeypatch):
         (["--config.optim.lr=1"], "add --config=FILE"),
         (["--config=none.py"], "there is no such file"),
         (["--process_id=1"], "--num_processes"),
+        (["--hosts=2", "--chips=3"], "does not divide"),
     ],
 )
 def test_wrong_flags_are_refused(words, said):
     with pytest.raises(UserError, match=said):
         doctor(words)
+
+
+@pytest.mark.parametrize("word", ["--hosts=0", "--chips=four"])
+def test_numbers_that_are_none_are_refused(word, capsys):
+    with pytest.raises(SystemExit) as ended:
+        doctor([word])
+    assert ended.value.code == 2
+    assert (
+        f"'{word.partition('=')[2]}' is no number of them: expected an integer, at least 1" in capsys.readouterr().err
+    )
 
 
 def test_a_config_that_is_wrong_is_a_problem():
@@ -456,30 +512,56 @@ def test_it_comes_although_jax_is_broken(tmp_path):
     assert "problem  accelerator     JAX does not start: ImportError: jaxlib is of another version" in done.stdout
 
 
-@pytest.mark.nightly
-def test_two_processes_of_one_run(tmp_path):
+@contextlib.contextmanager
+def started(tmp_path, words, devices, each=lambda rank: {}):
+    """The doctor in processes of one run, with so many devices each; one without devices does not come."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    words = [sys.executable, "-m", "flaxmodels", "doctor", f"--workdir={tmp_path}", "--num_processes=2"]
+    command = [sys.executable, "-m", "flaxmodels", "doctor", f"--workdir={tmp_path}", f"--num_processes={len(devices)}"]
     running = []
     try:
-        for rank, devices in ((0, 2), (1, 3)):
-            env = {
-                **os.environ,
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                "PYTHONPATH": str(ROOT),
-            }
-            env |= {"JAX_DEBUG_NANS": "1"} if rank else {}
-            own = [*words, f"--coordinator_address=localhost:{port}", f"--process_id={rank}", "--init_timeout=60"]
-            running.append(subprocess.Popen(own, env=env, text=True, stdout=subprocess.PIPE))
-        first, second = (process.communicate(timeout=200)[0] for process in running)
+        for rank, count in enumerate(devices):
+            flag = f"--xla_force_host_platform_device_count={count}"
+            env = {**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": str(ROOT), **each(rank)}
+            own = [*command, f"--coordinator_address=localhost:{port}", f"--process_id={rank}", *words]
+            if count:
+                running.append(subprocess.Popen(own, env=env, text=True, stdout=subprocess.PIPE))
+        yield running
     finally:
         for process in running:
             process.kill()
-            process.wait()
-    assert [process.returncode for process in running] == [1, 1]
-    assert "problem  hosts           process 1 (" in first and "has 3 devices, most have 2" in first
+            process.communicate()
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_run(tmp_path):
+    words = ["--init_timeout=60", "--hosts=2", "--chips=4"]
+    with started(tmp_path, words, (2, 1), lambda rank: {"JAX_DEBUG_NANS": str(rank)}) as running:
+        first, second = (process.communicate(timeout=200)[0] for process in running)
+        assert [process.returncode for process in running] == [1, 1]
+    assert re.search(r"ok +hosts +2 processes on 1 hosts \(.*\), 3 devices in all", first), first
+    assert re.search(r"problem +chips +process 1 \(.*\) has 1 of 2 chips\.", first)
     assert re.search(r"ok +clocks +of all hosts within \d+ ms", first)
     assert re.search(r"warning +environment +process 1 \(.*\): JAX_DEBUG_NANS=1", first)
-    assert "problem" not in second
+    assert second == ""
+
+
+@pytest.mark.slow
+def test_a_process_that_does_not_come(tmp_path):
+    """It is named, and what is there is looked at without waiting for it."""
+    with started(tmp_path, ["--init_timeout=3", "--hosts=2", "--chips=4"], (2, 0)) as (running,):
+        said = running.communicate(timeout=100)[0]
+        assert running.returncode == 1
+    assert re.search(r"problem +hosts +1 of 2 processes did not come within 3 s: 1\. Here: 0 on .*, pid", said), said
+    assert re.search(r"ok +packages", said) and "JAX uses" not in said
+
+
+@pytest.mark.nightly
+def test_a_process_whose_jax_does_not_start(tmp_path):
+    """The others might wait for it in their own start: all end, and each says why."""
+    words = ["--init_timeout=60", "--hosts=2"]
+    with started(tmp_path, words, (1, 1), lambda rank: {"JAX_PLATFORMS": "tpu"} if rank else {}) as running:
+        first, second = (process.communicate(timeout=200)[0] for process in running)
+        assert [process.returncode for process in running] == [1, 1], (first, second)
+    assert re.search(r"problem +accelerator +JAX does not start with JAX_PLATFORMS=tpu", second), second

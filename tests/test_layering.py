@@ -17,6 +17,9 @@ PACKAGE = ROOT / "flaxmodels"
 LAYERS = (
     ("version",),
     ("registry", "hardware", "paths"),
+    ("buckets",),
+    ("storage",),
+    ("mirror",),
     ("precision", "schedules", "meshes", "ring", "masked"),
     ("durations", "metrics", "attention", "models", "optim", "sharding", "runtime", "console", "fitting", "manifest"),
     ("chunked", "disk", "testing"),
@@ -34,7 +37,7 @@ LAYERS = (
     ("activations",),
     ("bottleneck", "capsule", "memory", "programs", "resume", "together"),
     ("inference",),
-    ("run",),
+    ("run", "banner"),
     ("evaluating",),
     ("loop",),
     ("perf", "verify"),

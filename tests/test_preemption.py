@@ -20,6 +20,7 @@ class Metadata(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Answer)
         self.values, self.changed = {"preempted": "FALSE", "maintenance-event": "NONE"}, threading.Condition()
+        self.values["upcoming-maintenance"] = "{ }"
         self.asked, self.flavor, self.failures = [], "Google", 0
 
     def set(self, key, value):
@@ -39,11 +40,13 @@ class Answer(http.server.BaseHTTPRequestHandler):
                 self.send_error(503 if server.failures >= 0 else 404)
                 return
             if words.get("wait_for_change"):
-                server.changed.wait_for(lambda: server.values[key] != words["last_etag"], float(words["timeout_sec"]))
+                server.changed.wait_for(
+                    lambda: urllib.parse.quote(server.values[key]) != words["last_etag"], float(words["timeout_sec"])
+                )
             value = server.values[key]
         self.send_response(200)
         self.send_header("Metadata-Flavor", server.flavor)
-        self.send_header("ETag", value)
+        self.send_header("ETag", urllib.parse.quote(value))
         self.end_headers()
         self.wfile.write(f"{value}\n".encode())
 
@@ -70,17 +73,32 @@ def wait_for(condition):
         time.sleep(0.002)
 
 
+PENDING = """{
+  "can_reschedule": "FALSE",
+  "latest_window_start_time": "2026-11-22T19:00:01Z",
+  "maintenance_status": "PENDING",
+  "type": "UNSCHEDULED"
+}"""
+
+
+def waiting(server):
+    """The keys whose change is waited for."""
+    return {path.rpartition("/")[2] for path, words, _ in list(server.asked) if "last_etag" in words}
+
+
 @pytest.mark.parametrize(
     ("key", "before", "value"),
     [
         ("preempted", "FALSE", "TRUE"),
         ("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE", "TERMINATE_ON_HOST_MAINTENANCE"),
+        ("upcoming-maintenance", PENDING, PENDING.replace("PENDING", "ONGOING")),
+        ("upcoming-maintenance", PENDING, '{"maintenanceStatus":"ONGOING"}'),
     ],
 )
 def test_a_notice_is_a_signal_with_its_own_words(server, key, before, value):
     came = []
     with preemption.watched(lambda *words: came.append(words)):
-        wait_for(lambda: any(words for _, words, _ in server.asked))
+        wait_for(lambda: waiting(server) == set(preemption.KEYS))
         server.set(key, before)
         time.sleep(0.05)
         assert came == []
@@ -98,9 +116,31 @@ def test_what_was_there_before_we_asked_counts(server):
         wait_for(lambda: came)
 
 
-def test_a_server_that_fails_is_asked_again(server):
-    server.failures = 3
-    server.set("preempted", "TRUE")
+def test_a_maintenance_that_stands_there_at_the_start_does_not_count(server, monkeypatch):
+    """It would stop each start on a machine that came back from it; also where it is said again, in other words."""
+    monkeypatch.setattr(preemption, "WAIT", 0.0)
+    server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING"}')
+    came = []
+    with preemption.watched(lambda *words: came.append(words)):
+        wait_for(lambda: len([path for path, _, _ in server.asked if path.endswith("/upcoming-maintenance")]) > 2)
+        server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING", "type": "SCHEDULED"}')
+        time.sleep(0.05)
+        assert came == []
+        server.set("upcoming-maintenance", "{}")
+        time.sleep(0.05)
+        assert came == []
+        server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING"}')
+        wait_for(lambda: came)
+    words = next(words for path, words, _ in server.asked if path.endswith("/upcoming-maintenance"))
+    assert words == {"alt": "json", "recursive": "true"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("preempted", "TRUE"), ("upcoming-maintenance", '{"maintenance_status": "ONGOING"}')]
+)
+def test_a_server_that_fails_is_asked_again(server, key, value):
+    server.failures = 6  # two of each key
+    server.set(key, value)
     came = []
     with preemption.watched(lambda *words: came.append(words)):
         wait_for(lambda: came)
@@ -119,7 +159,7 @@ def test_a_server_that_is_another_one_says_nothing(server):
 def test_a_key_that_it_does_not_know_is_asked_for_once(server):
     del server.values["maintenance-event"]
     with preemption.watched(lambda *words: None):
-        wait_for(lambda: [path for path, words, _ in server.asked if words])
+        wait_for(lambda: waiting(server) == {"preempted", "upcoming-maintenance"})
         time.sleep(0.05)
     assert len([path for path, _, _ in server.asked if path.endswith("maintenance-event")]) == 1
 
@@ -127,7 +167,7 @@ def test_a_key_that_it_does_not_know_is_asked_for_once(server):
 def test_when_it_is_closed_no_notice_counts(server):
     came = []
     with preemption.watched(lambda *words: came.append(words)):
-        wait_for(lambda: len([words for _, words, _ in server.asked if words]) == 2)
+        wait_for(lambda: waiting(server) == set(preemption.KEYS))
     server.set("preempted", "TRUE")
     wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("notice")])
     assert came == []

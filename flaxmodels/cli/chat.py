@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flaxmodels import storage
 from flaxmodels.cli import trained, words
 from flaxmodels.cli.generate import SAMPLING
 from flaxmodels.registry import UserError
@@ -50,7 +50,7 @@ def chat(argv: Sequence[str]) -> int:
             template = chats.pick(asked.template, "")
         else:
             template = conversation.template_of(
-                Path(asked.workdir or asked.source).expanduser(), loaded.config, tokenizer
+                storage.place(asked.workdir or asked.source).expanduser(), loaded.config, tokenizer
             )
         cache.check(loaded.model)
         model, params = weights.prepare(loaded.model, loaded.params, asked.precision)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxmodels import console
+from flaxmodels import console, storage
 from flaxmodels.cli import contents, words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
@@ -35,7 +35,7 @@ def _parser(action: str, description: str, steps: str = "", number: str = "*") -
     parser = argparse.ArgumentParser(
         prog=f"flaxmodels checkpoint {action}", description=description, allow_abbrev=False
     )
-    parser.add_argument("--workdir", type=Path, metavar="DIR", help="of a run; it is read anew each time")
+    parser.add_argument("--workdir", metavar="DIR", help="of a run, or gs://BUCKET/NAME; it is read anew each time")
     parser.add_argument("--json", action="store_true", help="print lines of JSON")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     if steps:
@@ -60,7 +60,7 @@ def _keep_off() -> None:
 def _workdir(flags: argparse.Namespace) -> Path:
     if flags.workdir is None:
         raise UserError("--workdir is not set: name the workdir of a run, as in --workdir=runs/digits_mlp.")
-    return Path(flags.workdir)
+    return storage.place(flags.workdir)
 
 
 def _found(flags: argparse.Namespace, text: str) -> "Entry":
@@ -69,7 +69,7 @@ def _found(flags: argparse.Namespace, text: str) -> "Entry":
 
     folder, colon, step = text.rpartition(":")
     if colon:
-        return shelf.find(Path(folder), step, "workdir")
+        return shelf.find(storage.place(folder), step, "workdir")
     return shelf.find(_workdir(flags), text)
 
 
@@ -130,7 +130,7 @@ def _list(argv: Sequence[str]) -> int:
         display.table(f"checkpoints of {flags.workdir}", headers, rows, total)
     else:
         display.line(f"{flags.workdir} has no checkpoints yet")
-    for name, size in shelf.aside(flags.workdir):
+    for name, size in shelf.aside(_workdir(flags)):
         display.line(f"aside: {name}, {console.human_bytes(size)}")
     display.close()
     return exits.DONE
@@ -218,13 +218,14 @@ def _average(argv: Sequence[str]) -> int:
     parser = _parser(
         "average", "Average the parameters of several checkpoints.", "a number, best, latest, WORKDIR:STEP"
     )
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new workdir, for the average")
+    parser.add_argument("--to", required=True, metavar="DIR", help="a new workdir, for the average")
     flags = _parse(parser, argv)
+    to = storage.local(flags.to, "--to")
     entries = [_found(flags, text) for text in flags.steps]
     with contextlib.ExitStack() as locks:
         for workdir in sorted({entry.workdir for entry in entries}):
             locks.enter_context(workdir_lock(workdir))  # else a run might delete them meanwhile
-        made = averaging.average(entries, flags.to)
+        made = averaging.average(entries, to)
     text = f"average of {', '.join(str(entry.step) for entry in entries)}: {made}"
     if flags.json:
         _say([{"step": made.step, "workdir": str(flags.to), "average of": made.facts["average of"]}])

@@ -2,16 +2,21 @@
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from flaxmodels import config, registry
+from flaxmodels import config, registry, storage
 from flaxmodels.cli import words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits, place
+from flaxmodels.runtime.exits import FaultError
+
+if TYPE_CHECKING:
+    from flaxmodels.verify.expected import Expected
+    from flaxmodels.verify.finding import Finding
 
 
 def doctor(argv: Sequence[str]) -> int:
@@ -20,17 +25,20 @@ def doctor(argv: Sequence[str]) -> int:
     parser = config.parser("flaxmodels doctor", doctor.__doc__ or "") if given else _parser()
     parser.add_argument("--json", action="store_true", help="a line of JSON for each finding")
     place.add_flags(parser)
-    flags, workdir, written = _parsed(parser, argv, given)
+    parser.add_argument("--hosts", type=_count, metavar="N", help="processes there must be: on TPUs one a host")
+    parser.add_argument("--chips", type=_count, metavar="M", help="chips that these must have, all together")
+    flags, written = _parsed(parser, argv, given)
     with exits.importing():
-        from flaxmodels.verify import doctor as examination
-        from flaxmodels.verify import finding
-    alone = place.place_of(flags, os.environ) is None
-    with _joined(flags, alone) as first:
-        found = examination.examine(workdir, written, alone=alone)
-        found = found if alone else examination.together(found)
-        if first:
-            (finding.write_json if flags.json else finding.show)(found, sys.stdout)
+        from flaxmodels.verify import expected
+    wanted = expected.Expected(flags.hosts, flags.chips)
+    found = (_alone if _is_alone(flags) else _together)(flags, written, wanted)
     return exits.FAULT if any(one.level == "problem" for one in found) else exits.DONE
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of them: expected an integer, at least 1")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,31 +50,70 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="of the run: to judge room for its checkpoints")
-    parser.add_argument("--workdir", type=Path, default=Path(), metavar="DIR", help="of the run (default: this folder)")
+    parser.add_argument("--workdir", default=".", metavar="DIR", help="of the run (default: this folder)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _parsed(
     parser: argparse.ArgumentParser, argv: Sequence[str], given: bool
-) -> tuple[argparse.Namespace, Path, dict[str, Any] | None]:
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     if given:
-        flags = config.parse(parser, argv)
-        return flags.arguments, flags.workdir, registry.plain(flags.config)
+        said = config.parse(parser, argv)
+        said.arguments.workdir = said.workdir
+        return said.arguments, registry.plain(said.config)
     unknown = parser.parse_known_args(argv)[1]
     if unknown and unknown[0].startswith("--config."):
         raise UserError(f"{unknown[0]!r} changes a config, and none is named: add --config=FILE.")
-    known = words.parse(parser, argv)
-    return known, known.workdir, None
+    flags = words.parse(parser, argv)
+    flags.workdir = storage.place(flags.workdir)
+    return flags, None
 
 
-@contextlib.contextmanager
-def _joined(flags: argparse.Namespace, alone: bool) -> Iterator[bool]:
-    """`distributed.joined` where there is something to join: it imports JAX, which may be what is broken."""
-    if alone:
-        yield True
-        return
-    from flaxmodels.runtime import distributed
+def _is_alone(flags: argparse.Namespace) -> bool:
+    with contextlib.suppress(Exception):  # it marks a TPU VM in the environment; what is broken in it is found later
+        importlib.import_module("jax")
+    return place.place_of(flags, os.environ) is None
 
-    with distributed.joined(flags) as first:
-        yield first
+
+def _alone(flags: argparse.Namespace, written: dict[str, Any] | None, wanted: "Expected") -> "list[Finding]":
+    from flaxmodels.verify import devices, expected
+    from flaxmodels.verify import doctor as examination
+
+    started = devices.look()
+    share = expected.here(expected.chips(started.devices), wanted)
+    return _shown([*share, *examination.examine(flags.workdir, written, started)], flags)
+
+
+def _together(flags: argparse.Namespace, written: dict[str, Any] | None, wanted: "Expected") -> "list[Finding]":
+    """As `_alone`, of all processes of a run; process 0 shows it, or each, where they don't come together."""
+    from flaxmodels.runtime import distributed, peers
+    from flaxmodels.verify import devices, expected
+    from flaxmodels.verify import doctor as examination
+    from flaxmodels.verify.finding import problem
+
+    met = False
+    try:
+        with distributed.joined(flags) as first:
+            met = True
+            started = examination.started()
+            found = examination.examine(flags.workdir, written, started)
+            if not started.backend:  # the others may wait for it in their own start of JAX
+                _shown(found, flags)
+                raise FaultError(f"JAX does not start in {peers.name()}: {started.said}")
+            found = examination.together(found, started.devices, wanted)
+            return _shown(found, flags) if first else found
+    except FaultError as error:
+        if met:
+            raise
+        absent = problem("hosts", str(error), "the output of those that are missing says why")
+    chips = len(devices.present()["TPU"])  # JAX would wait for the hosts that did not come
+    share = expected.here(chips, wanted, alone=False) if chips else []
+    return _shown([absent, *share, *examination.examine(flags.workdir, written, None)], flags)
+
+
+def _shown(found: "list[Finding]", flags: argparse.Namespace) -> "list[Finding]":
+    from flaxmodels.verify import finding
+
+    (finding.write_json if flags.json else finding.show)(found, sys.stdout)
+    return found

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flaxmodels import storage
 from flaxmodels.cli import trained, words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
@@ -126,7 +127,8 @@ def _prompts(
     if asked.template:
         template = chat.pick(asked.template, "")
     else:
-        template = conversation.template_of(Path(asked.workdir or asked.source).expanduser(), loaded.config, tokenizer)
+        where = storage.place(asked.workdir or asked.source).expanduser()
+        template = conversation.template_of(where, loaded.config, tokenizer)
     messages = [[{"role": "user", "content": text}] for text in texts]
     found = [chat.encode(template, tokenizer, message, prompt=True)[0].tolist() for message in messages]
     return found, tuple(dict.fromkeys((*chat.stops(template, tokenizer), *loaded.ends)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flaxmodels import registry
+from flaxmodels import registry, storage
 from flaxmodels.cli import words
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
@@ -20,15 +20,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 def import_(argv: Sequence[str]) -> int:
     """Make a workdir of a directory of Hugging Face: for generate, score, export, start.workdir. Nothing is fetched."""
     parser = _parser("import", "Make a workdir of a directory as Hugging Face has them, with safetensors.")
-    parser.add_argument("--from", dest="source", type=Path, required=True, metavar="DIR", help="with a config.json")
-    parser.add_argument("--to", type=Path, required=True, metavar="WORKDIR", help="new")
+    parser.add_argument("--from", dest="source", required=True, metavar="DIR", help="with a config.json")
+    parser.add_argument("--to", required=True, metavar="WORKDIR", help="new")
     flags = _parse(parser, argv)
     with exits.importing():
         import jax
 
         from flaxmodels import hub, resume, sharding
 
-    flags.to = flags.to.expanduser()
+    flags.to = storage.local(flags.to, "--to")
     described = hub.describe(flags.source)
     entry, config = hub.adopt(described, flags.to, sharding.make_mesh(devices=jax.devices()[:1]), flags.dtype)
     resume.write_config(flags.to, config)
@@ -46,14 +46,14 @@ def export(argv: Sequence[str]) -> int:
     """Write a checkpoint as others read it: --format=hf for the transformers library, peft for factors of LoRA."""
     parser = _parser("export", "Write a checkpoint as others read it.")
     parser.add_argument("--format", default="hf", metavar="NAME", help=f"one of {', '.join(FORMATS)} (hf)")
-    parser.add_argument("--workdir", type=Path, required=True, metavar="DIR", help="of a run")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="of a run, or gs://BUCKET/NAME")
     parser.add_argument("--step", default="best", help='a number, "best" or "latest" (best)')
-    parser.add_argument("--to", type=Path, required=True, metavar="DIR", help="new")
+    parser.add_argument("--to", required=True, metavar="DIR", help="new")
     parser.add_argument("--shard_bytes", type=_bytes, metavar="N", help="the most bytes of a file (5e9)")
     flags = _parse(parser, argv)
     if flags.format not in FORMATS:
         raise UserError(f"--format={flags.format!r} does not exist. {registry.suggest(flags.format, FORMATS)}")
-    flags.workdir, flags.to = flags.workdir.expanduser(), flags.to.expanduser()
+    flags.workdir, flags.to = storage.place(flags.workdir).expanduser(), storage.local(flags.to, "--to")
     return FORMATS[flags.format](flags)
 
 

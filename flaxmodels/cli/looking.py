@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from flaxmodels import config, registry
+from flaxmodels import config, registry, storage
 from flaxmodels.cli import words
+from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 
 
@@ -37,6 +38,8 @@ def batch(argv: Sequence[str]) -> int:
     flags = config.parse(parser, argv)
     asked = flags.arguments
     to = asked.to or flags.workdir / f"batch_{asked.split}_{asked.step}.png"
+    if storage.is_object(to):
+        raise UserError(f"{str(to)!r}: a picture is written to this machine only. Name a file with --to=FILE.")
     for line in looking.write_batch(job.assemble(flags.config), asked.step, asked.split, to, asked.examples):
         print(line)
     return exits.DONE

@@ -2,9 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from flaxmodels import config
+from flaxmodels import config, storage
 from flaxmodels.registry import UserError, plain
 from flaxmodels.runtime import exits
 
@@ -22,12 +21,13 @@ def replay(argv: Sequence[str]) -> int:
         allow_abbrev=False,
         epilog="--config.KEY=VALUE replays it otherwise: --config.precision.compute=float32",
     )
-    parser.add_argument("capsule", type=Path, metavar="CAPSULE", help="a folder WORKDIR/capsules/STEP")
+    parser.add_argument("capsule", metavar="CAPSULE", help="a folder WORKDIR/capsules/STEP")
     parser.add_argument("--config", metavar="FILE", help="the config it was trained with, if that names code")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     words = [word for word in argv if word.startswith("--config.")]
     flags = parser.parse_args([word for word in argv if word not in words])
-    facts = capsule.read(flags.capsule)
+    folder = storage.place(flags.capsule)
+    facts = capsule.read(folder)
     if facts["kind"] == "cpu" and facts["devices"] > 1:
         meshes.simulated(facts["devices"])  # before a config file makes JAX start
     overrides = {}
@@ -37,5 +37,5 @@ def replay(argv: Sequence[str]) -> int:
             raise UserError(f"{text!r}: expected --config.SECTION.KEY=VALUE.")
         overrides[key] = value
     given = plain(config.load_config(flags.config)) if flags.config else None
-    found = replay.run(flags.capsule, given=given, overrides=overrides)
+    found = replay.run(folder, given=given, overrides=overrides)
     return exits.DONE if found.module or found.examples else exits.FAULT

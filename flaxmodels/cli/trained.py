@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flaxmodels.cli import words
@@ -29,7 +28,7 @@ def parser(verb: str, description: str | None, usage: str) -> argparse.ArgumentP
         description=description,
         allow_abbrev=False,
     )
-    flags.add_argument("--workdir", metavar="DIR", help="of a run")
+    flags.add_argument("--workdir", metavar="DIR", help="of a run, or gs://BUCKET/NAME")
     flags.add_argument("--step", help="of that run: best, latest, or a number (default: best)")
     flags.add_argument("--from", dest="source", metavar="DIR", help="a folder with weights as Hugging Face has them")
     flags.add_argument("--tensor", type=words.count, default=1, help="devices that share one model (1)")
@@ -57,11 +56,11 @@ def load(asked: argparse.Namespace) -> tuple["Loaded", "Tokenizer", "Mesh"]:
     Raises:
       UserError: it is not there, or was not trained on text.
     """
-    from flaxmodels import hub, sharding, shelf
+    from flaxmodels import hub, sharding, shelf, storage
     from flaxmodels.inference import loading
 
     mesh = sharding.make_mesh(tensor=asked.tensor)
-    if asked.source is not None and not (Path(asked.source).expanduser() / shelf.CHECKPOINTS).is_dir():
+    if asked.source is not None and not (storage.place(asked.source).expanduser() / shelf.CHECKPOINTS).is_dir():
         hub.describe(asked.source)  # says what is wrong with the folder, where there is something
     loaded = loading.load(asked.workdir or asked.source, asked.step or "best", mesh=mesh)
     if loaded.tokenizer is None:

@@ -9,9 +9,9 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from flaxmodels import storage
 from flaxmodels.registry import UserError
 
 FILE, CONFIG = "chat_template.jinja", "tokenizer_config.json"
@@ -37,7 +37,7 @@ class Written:
 
 def find(path: str) -> Written | None:
     """The template in a file, or beside it, or in a folder; None where there is none. UserError for a damaged file."""
-    at = Path(path).expanduser()
+    at = storage.place(path).expanduser()
     if not path or not at.exists():
         return None
     folder = at if at.is_dir() else at.parent

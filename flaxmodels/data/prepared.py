@@ -72,7 +72,11 @@ def data_root(data_dir: str | None) -> Path:
     """The folder that `data_dir` means, by TFDS's rules, without importing TFDS: absolute, not necessarily there."""
     text = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in text:
-        raise UserError(f"data.data_dir={text!r} must be a local folder: arrays are read from it at every start.")
+        where = "data.data_dir" if data_dir else "TFDS_DATA_DIR"
+        raise UserError(
+            f"{where}={text!r} must be a local folder: arrays are read from it at every start. Leave it out, and data "
+            "are prepared in ~/tensorflow_datasets, once on each machine; or copy what is there to a disk."
+        )
     return Path(text).expanduser().absolute()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from flaxmodels import registry
+from flaxmodels import registry, storage
 from flaxmodels.data import byte_pairs
 from flaxmodels.data.byte_pairs import ENDS, BytePairs
 from flaxmodels.data.split import Tokenizer
@@ -160,7 +160,7 @@ def load(path: str | Path) -> Tokenizer:
     Raises:
       UserError: no such file, or it is damaged, or no tokenizer.
     """
-    file = Path(path).expanduser()
+    file = storage.place(path).expanduser()
     file = file / FILE if file.is_dir() else file
     try:
         content = file.read_text(encoding="utf-8")

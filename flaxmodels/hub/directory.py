@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxmodels import fitting, models, registry
+from flaxmodels import fitting, models, registry, storage
 from flaxmodels.data import tokenizer
 from flaxmodels.fitting import PARAMS, Leaf
 from flaxmodels.hub import families, tensor_files
@@ -93,7 +93,7 @@ class Described:
 
 def is_directory(path: str | Path) -> bool:
     """Whether a folder holds a model of Hugging Face, and is no workdir of ours."""
-    file = Path(path).expanduser() / CONFIG
+    file = storage.place(path).expanduser() / CONFIG
     if not file.is_file():
         return False
     try:
@@ -114,7 +114,12 @@ def describe(path: str | Path) -> Described:
       UserError: files are missing or damaged, the architecture or one of its options is not supported, or tensors are
         missing, left over, or of another shape than config.json says; the message names all of them.
     """
-    folder = Path(path).expanduser()
+    folder = storage.place(path).expanduser()
+    if storage.is_object(folder):
+        raise UserError(
+            f"{str(folder)!r}: a directory of Hugging Face is read from a folder only. Copy it to this machine first: "
+            f"gcloud storage cp --recursive {folder} FOLDER"
+        )
     config = _json(folder / CONFIG)
     name, architecture = _architecture(config, folder)
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from flaxmodels import registry, sharding, shelf, stored
+from flaxmodels import registry, sharding, shelf, storage, stored
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data import tokenizer as tokenizers
 from flaxmodels.data.byte_pairs import BytePairs
@@ -63,7 +62,7 @@ def adopt(described: Described, to: Path, mesh: Mesh, dtype: Float | None = None
         tokenizers.save(made, to / tokenizers.FILE)
     for name in SETTINGS:
         if (file := described.folder / name).is_file():
-            shutil.copyfile(file, to / name)
+            storage.copy(file, to / name)
     return shelf.find(to, 0), config
 
 
@@ -115,7 +114,7 @@ def _settings(workdir: Path, to: Path, made: Tokenizer | None) -> list[Path]:
     """Copies of what a workdir says of its tokenizer and of generation; the least of it where it says nothing."""
     there = [name for name in SETTINGS if (workdir / name).is_file()]
     for name in there:
-        shutil.copyfile(workdir / name, to / name)
+        storage.copy(workdir / name, to / name)
     if isinstance(made, BytePairs) and TOKENIZER_CONFIG not in there:  # else its class would be guessed
         names = {i: name for name, i in made.special.items()}
         said = {"bos_token": made.begin, "eos_token": made.end}

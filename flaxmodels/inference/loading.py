@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 
-from flaxmodels import basis, hub, models, precision, sharding, shelf, warm
+from flaxmodels import basis, hub, models, precision, sharding, shelf, storage, warm
 from flaxmodels.data import tokenizer as tokenizers
 from flaxmodels.data.split import Tokenizer
 from flaxmodels.fitting import PARAMS
@@ -58,7 +58,7 @@ def load(
     """Load a model onto a mesh.
 
     Args:
-      path: a workdir, or a directory of Hugging Face.
+      path: a workdir, which may lie in a bucket, or a directory of Hugging Face.
       which: of a workdir's steps: "best", "latest" or a number.
       mesh: where the parameters shall lie, by the built-in rules.
       dtype: of the parameters and the computation; None: parameters as they are stored, and the computation as the
@@ -68,7 +68,7 @@ def load(
     Raises:
       UserError: there is no such model, or its files are damaged.
     """
-    folder = Path(path).expanduser()
+    folder = storage.place(path).expanduser()
     if hub.is_directory(folder):
         described = hub.describe(folder)
         made = tokenizers.load(described.tokenizer) if described.tokenizer else None

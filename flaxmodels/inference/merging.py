@@ -1,7 +1,6 @@
 """A run that trained factors (`lora`), written as one that has them in its matrices: a workdir like any other."""
 
 import contextlib
-import shutil
 import time
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from flaxmodels import resume, shelf
+from flaxmodels import resume, shelf, storage
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.data import tokenizer as tokenizers
 from flaxmodels.hub import directory, writing
@@ -45,6 +44,6 @@ def merge(workdir: Path, which: str | int, to: Path, mesh: Mesh, dtype: Float | 
         checkpoints.save(jax.block_until_ready(state), entry.step, meta, entry.metric, facts=facts)
     for name in (tokenizers.FILE, *directory.SETTINGS):
         if (workdir / name).is_file():
-            shutil.copyfile(workdir / name, to / name)
+            storage.copy(workdir / name, to / name)
     resume.write_config(to, config)
     return shelf.find(to, entry.step)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
-from flaxmodels import registry
+from flaxmodels import mirror, registry
 from flaxmodels.registry import UserError
 
 SHOWN = 12  # rows of a table
@@ -118,7 +118,7 @@ class Profile:
             text = program.as_text() or ""
         except (jax.errors.JaxRuntimeError, NotImplementedError):  # not every compiler tells
             text = ""
-        said = f"profile of steps {self._first} to {self._step}: {file}"
+        said = f"profile of steps {self._first} to {self._step}: {mirror.remote(file)}"
         return [said, *lines(read(file, text), self._made)]
 
 
@@ -133,7 +133,7 @@ def asked(span: str | None, workdir: Path) -> Profile | None:
     start, _, steps = span.partition(":")
     if not (start.isdecimal() and steps.isdecimal() and 0 < int(steps) <= registry.LONGEST >= int(start)):
         raise UserError(f"--profile={span!r}: {_EXPECTED}.")
-    return Profile(int(start), int(steps), workdir / "profile")
+    return Profile(int(start), int(steps), mirror.local(workdir) / "profile")
 
 
 def read(file: Path, program: str) -> list[Operation]:

@@ -102,10 +102,14 @@ def verified() -> Iterator[list[str]]:
 
 def folder() -> Path | None:
     """The folder that JAX keeps compiled programs in; None where it keeps none, or keeps them in a bucket."""
+    name = place()
+    return Path(name) if name and "://" not in name else None
+
+
+def place() -> str:
+    """Where JAX keeps compiled programs, a folder or a bucket; "" where it keeps none."""
     name, enabled = _settings()
-    if not name or "://" in name or not enabled:
-        return None
-    return Path(name)
+    return name if name and enabled else ""
 
 
 def _settings() -> tuple[str | None, bool]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import jax
 
-from flaxmodels.runtime import compile_cache, exits, peers, progress, pulse, roll_call
+from flaxmodels import mirror
+from flaxmodels.runtime import compile_cache, exits, host_log, peers, progress, pulse, roll_call
 from flaxmodels.runtime.cluster import Place
 from flaxmodels.runtime.exits import SignalledError
 from flaxmodels.runtime.place import host_and_port, place_of
@@ -67,7 +68,8 @@ def joined(flags: argparse.Namespace, workdir: Path | None = None) -> Iterator[b
 
     Args:
       flags: with those of `place.add_flags`, and `debug`.
-      workdir: where a process that is stuck writes where its threads stand; None writes that to stderr alone.
+      workdir: where a process that is stuck writes where its threads stand, and where each of several keeps a
+        `host_log`; None writes that to stderr alone.
 
     Yields:
       Whether this process is the one to print.
@@ -79,12 +81,15 @@ def joined(flags: argparse.Namespace, workdir: Path | None = None) -> Iterator[b
     place = place_of(flags, os.environ)
     if place is None:
         compile_cache.keep()  # of several processes JAX has only one write there
-        with pulse.opened({}, 0, flags.heartbeat_timeout, flags.stuck_after, workdir):
+        with pulse.opened({}, 0, flags.heartbeat_timeout, flags.stuck_after, workdir and mirror.local(workdir)):
             yield True
         return
+    if workdir is not None:
+        host_log.keep(workdir, place.process, place.processes)
     deadline = time.monotonic() + flags.init_timeout
     ties = roll_call.meet(host_and_port(place.address), place.processes, place.process, flags.init_timeout)
-    with pulse.opened(ties, place.process, flags.heartbeat_timeout, flags.stuck_after, workdir) as beat:
+    folder = workdir and mirror.local(workdir, place.process)
+    with pulse.opened(ties, place.process, flags.heartbeat_timeout, flags.stuck_after, folder) as beat:
         start(place, max(deadline - time.monotonic(), 10.0), flags.heartbeat_timeout)
         leaving = threading.Event()
         threading.Thread(target=_watch, args=(leaving, beat, flags.debug), name="peers", daemon=True).start()

@@ -26,6 +26,7 @@ _INTERRUPTED = "interrupted before there was anything to save"
 LAST_WORDS = 2.0
 _COMMAND = threading.Event()  # set while `reported` runs
 _ABANDONED = threading.Event()
+_LAST: list[tuple[Callable[[], object], float]] = []  # of `before_end`
 
 
 class FaultError(RuntimeError):
@@ -134,6 +135,16 @@ def _told(error: BaseException, *, debug: bool) -> int:
     return code_of(error)
 
 
+def before_end(call: Callable[[], object], seconds: float = 0.0) -> None:
+    """Have `leave` call this after the last words, too: what `atexit` does where a process ends in the ordinary way.
+
+    Args:
+      call: in a thread of its own; what it raises is of no interest.
+      seconds: that the end may wait for it, beside `LAST_WORDS`.
+    """
+    _LAST.append((call, seconds))
+
+
 def leave(error: BaseException, *, debug: bool = False) -> NoReturn:
     """End the process with `error` at once, from any thread, without waiting for anyone; as `reported` would end it."""
 
@@ -146,10 +157,13 @@ def leave(error: BaseException, *, debug: bool = False) -> NoReturn:
             if sys.stdout.isatty():
                 sys.stdout.write("\x1b[?25h")  # the cursor, which a live line hides
             sys.stdout.flush()
+        for call, _ in _LAST:
+            with contextlib.suppress(Exception):
+                call()
 
     try:
         words = threading.Thread(target=say, daemon=True)
         words.start()
-        words.join(LAST_WORDS)
+        words.join(LAST_WORDS + sum(seconds for _, seconds in _LAST))
     finally:
         os._exit(code_of(error))

@@ -2,7 +2,7 @@
 
 The lock is the kernel's, which lets go when the process ends, however it ends, so it is never stale. Some file systems
 have none, or one that other hosts don't see, such as a mounted bucket: there the owner renews a file besides, and an
-owner that no longer does is dead.
+owner that no longer does is dead. A workdir in a bucket has a lock of its own kind: see `lease`.
 """
 
 import contextlib
@@ -20,7 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from flaxmodels import storage
 from flaxmodels.registry import UserError
+from flaxmodels.runtime import lease
 from flaxmodels.runtime.exits import FaultError
 
 LOCK = ".lock"  # JSON: who holds it
@@ -49,6 +51,10 @@ def workdir_lock(workdir: Path) -> Iterator[str]:
       UserError: the folder can't be written, or another process holds it; the message names it.
       FaultError: the storage failed.
     """
+    if storage.is_object(workdir):
+        with lease.held(workdir / LOCK) as line:
+            yield line
+        return
     made = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     with contextlib.ExitStack() as stack:
         try:

@@ -111,6 +111,10 @@ class Pulse:
         self.reported = True
         self._spread({"failed": {str(self.process): failure}})
 
+    def hosts(self) -> dict[int, str]:
+        """The hosts of the processes that this one is tied to: in process 0, of all others."""
+        return {number: link.who.partition(",")[0] for number, link in self._links.items()}
+
     def deserted(self) -> bool:
         """Whether all others have gone."""
         return bool(self._links) and not any(link.open for link in self._links.values())

@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from flaxmodels import mirror, storage
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits, goodput
 
@@ -71,7 +72,7 @@ def run(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     asked, _ = flags.parse_known_args(argv)
     if not asked.max_restarts:
         return main(list(argv))
-    workdir = Path(asked.workdir) if asked.workdir else default_workdir(asked.config)
+    workdir = storage.place(asked.workdir) if asked.workdir else default_workdir(asked.config)
     return _supervise(_command(list(argv)), workdir, asked.max_restarts)
 
 
@@ -94,6 +95,15 @@ def newest(workdir: Path) -> int:
     return max((int(name) for name in found if name.isdecimal()), default=0)
 
 
+def _newest(workdir: Path, known: int) -> int:
+    """`newest`; what is known already, where a bucket does not answer."""
+    try:
+        return newest(workdir)
+    except OSError as error:
+        _say(f"{workdir}: {error.strerror}")
+        return known
+
+
 @dataclasses.dataclass
 class _Asked:
     """What this process was asked, and the child to tell.
@@ -112,7 +122,7 @@ def _supervise(command: Sequence[str], workdir: Path, most: int) -> int:
     with _passing_on() as asked:
         for attempt in range(most + 1):
             code, seconds = _attempt(command, workdir, asked)
-            before, step = step, newest(workdir)
+            before, step = step, _newest(workdir, step)
             fruitless = fruitless + 1 if step == before else 0
             if asked.came is not None:
                 return code if code >= 0 else exits.SIGNALLED + asked.came
@@ -151,7 +161,10 @@ def _attempt(command: Sequence[str], workdir: Path, asked: _Asked) -> tuple[int,
         asked.child = None
         child.kill()
     seconds = time.monotonic() - begun
-    goodput.close(workdir, child.pid, code)
+    try:
+        mirror.rescue(workdir, child.pid, lambda folder: goodput.close(folder, child.pid, code))
+    except OSError as error:
+        _say(f"{workdir}: {error.strerror}")
     return code, seconds
 
 

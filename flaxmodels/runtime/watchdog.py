@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from flaxmodels.runtime import progress
+from flaxmodels.runtime import host_log, progress
 
 # Seconds in which something must move, where the speed is not known yet: a large model compiles for an hour, as a
 # large data set is read into memory, and slow storage takes minutes. Outside of all phases there is no limit.
@@ -160,7 +160,7 @@ def explain(number: int, standings: Mapping[int, Standing], who: str) -> str:
 
 
 def dump(process: int, folder: Path | None) -> str:
-    """Write where every thread of this process stands to stderr, and to a file of the workdir if there is one.
+    """Write where every thread of this process stands to stderr, and to its log and a file of the workdir, if any.
 
     Returns:
       The file's name, or "".
@@ -170,6 +170,8 @@ def dump(process: int, folder: Path | None) -> str:
         with contextlib.suppress(OSError), (folder / f"stacks.{process}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             name = file.name
+    if (log := host_log.current()) is not None:
+        log.stacks()
     with contextlib.suppress(OSError, ValueError):  # stderr may be closed, or no file
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.stderr, all_threads=True)

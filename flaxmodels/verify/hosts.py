@@ -1,4 +1,4 @@
-"""The hosts of a run, from all of its processes: devices, names, and clocks. Called by all alike, after they joined."""
+"""The hosts of a run, from all of its processes: chips, names, and clocks. Called by all alike, after they joined."""
 
 import collections
 import json
@@ -7,9 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-
 from flaxmodels.runtime import peers
+from flaxmodels.verify.expected import Expected, chips, too_few_or_many
 from flaxmodels.verify.finding import Finding, ok, problem, warning
 from flaxmodels.verify.storage import APART, apart
 
@@ -17,15 +16,14 @@ from flaxmodels.verify.storage import APART, apart
 ROUNDS = 8
 
 
-def look() -> list[dict[str, Any]]:
-    """What each process of the run says of itself, in their order."""
+def look(kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """What each process of the run says of itself, in their order.
+
+    Args:
+      kinds: of the devices of this one.
+    """
     offset, bound = clock()
-    mine = {
-        "host": socket.gethostname(),
-        "devices": [device.device_kind for device in jax.local_devices()],
-        "offset": offset,
-        "bound": bound,
-    }
+    mine = {"host": socket.gethostname(), "devices": list(kinds), "offset": offset, "bound": bound}
     return [json.loads(text) for text in peers.gathered(json.dumps(mine))]
 
 
@@ -46,27 +44,59 @@ def clock(rounds: int = ROUNDS) -> tuple[float, float]:
     return (0.0, 0.0) if peers.me() == 0 else found
 
 
-def present(said: Sequence[Mapping[str, Any]]) -> list[Finding]:
-    """Whether the hosts fit together.
+def present(said: Sequence[Mapping[str, Any]], expected: Expected) -> list[Finding]:
+    """Whether all hosts and chips are there, and fit together.
 
     Args:
       said: as `look` returns it: "host", "devices" (kinds), "offset" and "bound" (seconds) of each process.
+      expected: what shall be there.
     """
     counts = [len(one["devices"]) for one in said]
     names = list(dict.fromkeys(one["host"] for one in said))
     listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
     text = f"{len(said)} processes on {len(names)} hosts ({listed}), {sum(counts)} devices in all"
     found = []
-    usual = collections.Counter(counts).most_common(1)[0][0]
-    for number, one in enumerate(said):
-        if counts[number] != usual:
-            here = f"process {number} ({one['host']}) has {counts[number]} devices, most have {usual}."
-            found.append(problem("hosts", here, "flaxmodels doctor there, alone: --distributed=off"))
+    if expected.hosts not in (None, len(said)):
+        wrong = f"the run has {len(said)} processes, and {expected.hosts} are expected; here are {listed}."
+        fix = f"all must be started, with --num_processes={expected.hosts} where no launcher tells"
+        found.append(problem("hosts", wrong, fix))
+    found += _counted(said, counts) if expected.chips is None else []
     kinds = {kind for one in said for kind in one["devices"]}
     if len(kinds) > 1:
-        text = f"devices of several kinds: {', '.join(sorted(kinds))}."
-        found.append(problem("hosts", text, "one kind in all processes: is JAX_PLATFORMS the same everywhere?"))
-    return [*(found or [ok("hosts", text)]), *_clocks(said)]
+        wrong = f"devices of several kinds: {', '.join(sorted(kinds))}."
+        found.append(problem("hosts", wrong, "one kind in all processes: is JAX_PLATFORMS the same everywhere?"))
+    return [*(found or [ok("hosts", text)]), *_chips(said, expected), *_clocks(said)]
+
+
+def _counted(said: Sequence[Mapping[str, Any]], counts: Sequence[int]) -> list[Finding]:
+    """Processes that have another number of devices than most."""
+    usual = collections.Counter(counts).most_common(1)[0][0]
+    return [
+        problem(
+            "hosts",
+            f"process {number} ({one['host']}) has {counts[number]} devices, most have {usual}.",
+            "flaxmodels doctor there, alone: --distributed=off",
+        )
+        for number, one in enumerate(said)
+        if counts[number] != usual
+    ]
+
+
+def _chips(said: Sequence[Mapping[str, Any]], expected: Expected) -> list[Finding]:
+    """Processes that have more or fewer chips than they shall."""
+    if expected.chips is None:
+        return []
+    each, there = expected.each(len(said)), [chips(one["devices"]) for one in said]
+    wrong = [
+        too_few_or_many(f"process {number} ({one['host']})", there[number], each)
+        for number, one in enumerate(said)
+        if each not in (None, there[number])
+    ]
+    if wrong or sum(there) == expected.chips:
+        return wrong or [ok("chips", f"all {sum(there)} are there")]
+    return [
+        problem("chips", f"{sum(there)} of {expected.chips} chips are there.", "all hosts must come, each with its own")
+    ]
 
 
 def _clocks(said: Sequence[Mapping[str, Any]]) -> list[Finding]:

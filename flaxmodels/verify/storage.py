@@ -218,7 +218,8 @@ def contents(workdir: Path, seconds: float = 5.0) -> list[Finding]:
       seconds: for verifying steps, from the newest; the others are only looked for.
     """
     found, folder = [*_holder(workdir)], workdir / "checkpoints"
-    steps = sorted((file for file in folder.glob("*") if file.name.isdecimal()), key=lambda file: -int(file.name))
+    inside = folder.iterdir() if folder.is_dir() else ()
+    steps = sorted((file for file in inside if file.name.isdecimal()), key=lambda file: -int(file.name))
     begun, verified, bad = time.monotonic(), 0, list[Finding]()
     for step in steps:
         if not manifest.committed(step):
@@ -264,7 +265,8 @@ def compiled_programs(environ: Mapping[str, str]) -> list[Finding]:
     """JAX's folder of compiled programs, where one is set."""
     name = environ.get("JAX_COMPILATION_CACHE_DIR", "")
     if not name:
-        return [ok("compile cache", "none: each start compiles again. JAX_COMPILATION_CACHE_DIR=DIR keeps programs")]
+        text = "this user's cache folder, of runs of one process; JAX_COMPILATION_CACHE_DIR=DIR keeps those of several"
+        return [ok("compile cache", text)]
     if "://" in name:
         return [ok("compile cache", name)]
     folder = Path(name)
