@@ -1,0 +1,38 @@
+"""The verb `down`: what costs is deleted, and seen to be gone."""
+
+import argparse
+import contextlib
+import dataclasses
+import time
+
+from tpu import acts, bill, machines, state
+from tpu.gcloud import Cloud, CloudError
+from tpu.settings import Settings
+
+SAVE = 600.0  # seconds for the training to save and end, before its machine goes
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that only this verb has."""
+    parser.add_argument("--now", action="store_true", help="without letting the training save")
+
+
+def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
+    """Delete all of this name in all zones, after the training has saved, and prove that nothing is left."""
+    s = bill.everywhere(s)
+    with contextlib.nullcontext() if cloud.dry_run else state.held(s.folder, "down"):
+        for zone in s.zones:
+            found = acts.resource(cloud, s, zone)
+            there = dataclasses.replace(s, type=s.type or found.type, slices=found.slices or s.slices)
+            if found.state == "ACTIVE" and there.type in machines.TYPES and not flags.now:
+                cloud.say(f"# A training that runs saves and ends: at most {SAVE / 60:.0f} minutes; --now skips that.")
+                acts.stop(cloud, there, zone, SAVE)
+            acts.delete(cloud, s, zone)
+        left = acts.left(cloud, s)
+        kept = state.load(s.folder)
+        if not left and kept.lives and not cloud.dry_run:
+            state.save(s.folder, state.closed(kept, time.time(), "deleted"))
+    if left:
+        raise CloudError("unknown", f"still there: {'; '.join(left)}.", "Run `python tpu/launch.py down` again.")
+    cloud.say(f"# Nothing of {s.name} is left in {', '.join(s.zones)}.")
+    return 0

@@ -1,0 +1,138 @@
+"""What an error of `gcloud` means, and what to do about it."""
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from tpu.processes import EXPIRED, Done
+
+Kind = Literal[
+    "capacity", "quota", "permission", "missing", "exists", "transient", "usage", "gone", "worker", "unknown"
+]
+INSTALL = "https://cloud.google.com/sdk/docs/install"
+
+
+class CloudError(RuntimeError):
+    """A command failed: shown without a traceback, and the launcher leaves with exit code 1.
+
+    Args:
+      kind: what it means; "gone": gcloud is not installed, "worker": a command on a worker failed.
+      said: what was said.
+      remedy: what to do.
+      done: how the command ended; None where it could not be run.
+    """
+
+    def __init__(self, kind: Kind, said: str, remedy: str = "", done: Done | None = None) -> None:
+        super().__init__(f"{said} {remedy}".strip())
+        self.kind, self.said, self.remedy, self.done = kind, said, remedy, done
+
+
+class _Sign(NamedTuple):
+    """What is found in the words of an error, without regard to case."""
+
+    kind: Kind
+    pattern: str
+    remedy: str
+
+
+def _http(codes: str) -> str:
+    """A status of the service's answer, among the numbers that an error is full of."""
+    return rf"(status|code)\W{{1,4}}({codes})\b|httperror ({codes})\b"
+
+
+# The first that is found counts.
+_SIGNS = (
+    _Sign(
+        "permission",
+        r"do not currently have an active account|gcloud auth login|invalid_grant|reauthenticat|"
+        r"unauthenticated|invalid authentication credentials",
+        "Log in: `gcloud auth login`.",
+    ),
+    _Sign(
+        "permission",
+        r"needs? to be added to .*agent|ssh-add",
+        "gcloud reaches several workers through the ssh agent only: `eval \"$(ssh-agent)\"`, then "
+        "`ssh-add ~/.ssh/google_compute_engine` (the key is made by the first `python tpu/launch.py ssh`).",
+    ),
+    _Sign(
+        "permission",
+        r"service_disabled|has not been used in project|api .{0,80}not enabled|it is disabled",
+        "Switch the API on: `gcloud services enable tpu.googleapis.com`.",
+    ),
+    _Sign(
+        "permission",
+        r"billing.{0,40}(disabled|not enabled|must be enabled)",
+        "The project has no billing account: https://console.cloud.google.com/billing.",
+    ),
+    _Sign("transient", r"rate.?limit|(requests?|queries).{0,60}per.?(minute|second)", ""),
+    _Sign(
+        "capacity",
+        r"no more capacity|(insufficient|not enough).{0,40}(capacity|resources)|stockout|resource.?pool.?exhausted|"
+        r"does not have enough resources|currently unavailable in",
+        "Try other zones (--zone=A,B), a smaller --type, or wait.",
+    ),
+    _Sign(
+        "quota",
+        r"quota",
+        "Ask for more at https://console.cloud.google.com/iam-admin/quotas (service: Cloud TPU API; spot machines have "
+        "quotas of their own), or try another --zone, --type or --capacity.",
+    ),
+    _Sign("exists", rf"already.?exists|{_http('409')}", ""),
+    _Sign(
+        "permission",
+        rf"permission.?denied|does not have (the )?permission|required .{{0,60}}permission|forbidden|{_http('403')}",
+        "See that --project and --zone exist, that `gcloud auth list` shows your account, and that it has the role "
+        "roles/tpu.admin there; for ssh roles/compute.instanceAdmin.v1 and roles/iam.serviceAccountUser too.",
+    ),
+    _Sign(
+        "usage",
+        rf"unrecognized arguments|invalid (choice|value)|must be specified|invalid.argument|{_http('400')}",
+        "",
+    ),
+    _Sign("missing", rf"not.?found|does not exist|{_http('404')}", ""),
+    _Sign(
+        "transient",
+        rf"{_http('429|500|502|503|504')}|unavailable|internal error|deadline.?exceeded|backend error|try again|"
+        r"connection (reset|refused|aborted|timed out)|connectionerror|broken pipe|temporary failure|timed out|"
+        r"network is unreachable|could not resolve host|max retries exceeded|aborted",
+        "",
+    ),
+)  # fmt: skip
+
+
+def error_of(words: Sequence[str], done: Done) -> CloudError:
+    """The error of a command that ended with a code that is not 0."""
+    if done.code == EXPIRED:
+        return CloudError("transient", f"`{_short(words)}` did not end in time.", "", done)
+    text = done.err if done.err.strip() else done.out
+    said = f"`{_short(words)}` failed with code {done.code}: {shortened(text) or 'it said nothing'}"
+    sign = _sign(text)
+    return CloudError(sign.kind, said, sign.remedy, done)
+
+
+def kind(said: str) -> Kind:
+    """What an error means, by its words."""
+    return _sign(said).kind
+
+
+def _sign(text: str) -> _Sign:
+    found = (sign for sign in _SIGNS if re.search(sign.pattern, text, re.IGNORECASE))
+    return next(found, _Sign("unknown", "", ""))
+
+
+def not_installed(command: str) -> CloudError:
+    """The error where there is no such command on this machine."""
+    return CloudError("gone", f"{command!r} is not installed here, or not on PATH.", f"Install it: {INSTALL}.")
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """What matters of an error's text: from its first line with ERROR on, in one line."""
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    first = next((index for index, line in enumerate(lines) if "ERROR" in line), max(0, len(lines) - 3))
+    short = " ".join(lines[first:])
+    return short if len(short) <= most else f"{short[:most]} ..."
+
+
+def _short(words: Sequence[str]) -> str:
+    """The command's name and verb, without flags."""
+    return " ".join(word for word in words[:6] if not word.startswith("-"))
