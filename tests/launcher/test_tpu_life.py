@@ -102,7 +102,8 @@ def test_the_whole_life(tmp_path, programs, type, slices, topology):
     with harness.start(whole, topology, *duration) as group:
         cloud = Cloud.at(tmp_path, repository(tmp_path / "laptop", *REAL))
         try:
-            planned(cloud, *FAULTS, host=programs)
+            quick = dict.fromkeys(("ACCEPTED", "WAITING_FOR_RESOURCES", "SUSPENDING"), 0)
+            planned(cloud, *FAULTS, host=programs, polls=quick)
             assert group.wait(600) == [0, 0], group
             command = ["python", "train.py", "--config=tests/faults/tiny.py", *duration]
             done = watched(cloud, every=1, limit=600, command=command, type=type, slices=slices)
@@ -142,7 +143,7 @@ def test_the_whole_life(tmp_path, programs, type, slices, topology):
                 {"do": "preempt", "verb": "tpu-vm ssh", "text": "worker.sh start", "after": True, "late": 2},
             ],
         ),
-        (
+        pytest.param(
             1,
             [
                 {"do": "say", "saying": "transient", "verb": "queued-resources describe", "nth": 4},
@@ -150,6 +151,7 @@ def test_the_whole_life(tmp_path, programs, type, slices, topology):
                 {"do": "mute", "worker": 0, "verb": "tpu-vm ssh", "text": "worker.sh state", "nth": 6, "times": 3},
                 {"do": "kill", "host": 0, "step": 12},
             ],
+            marks=pytest.mark.nightly,
         ),
     ],
     ids=["quota", "half", "preempted", "hosts"],
