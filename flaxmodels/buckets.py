@@ -281,6 +281,7 @@ def _as_oserror(path: Objects) -> Iterator[None]:
                 errno.ENOENT,
                 f"the bucket {where} does not exist. Check its name, or make it: gcloud storage buckets create {where} "
                 "--location=REGION, in the region of the machines",
+                str(path),
             ) from error
         raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from error
     except (exceptions.Forbidden, exceptions.Unauthorized) as error:
@@ -288,6 +289,7 @@ def _as_oserror(path: Objects) -> Iterator[None]:
             errno.EACCES,
             f"this account may not do that in {where} ({_brief(error)}). Let it: gcloud storage buckets "
             f"add-iam-policy-binding {where} --member=serviceAccount:ACCOUNT --role=roles/storage.objectUser",
+            str(path),
         ) from error
     except exceptions.PreconditionFailed as error:
         raise FileExistsError(errno.EEXIST, "another process wrote it meanwhile", str(path)) from error

@@ -28,6 +28,7 @@ from flaxmodels.programs import Profiler, Programs
 from flaxmodels.registry import UserError
 from flaxmodels.run import Run, open_checkpoints
 from flaxmodels.runtime import agreement, compile_cache, exits, goodput, heap, peers, preemption, progress
+from flaxmodels.runtime.lease import answered
 from flaxmodels.runtime.lock import workdir_lock
 from flaxmodels.runtime.signals import Stop
 from flaxmodels.state import TrainState
@@ -104,6 +105,7 @@ def fit(
         first = together.first()  # that one writes; Orbax saves from all
         if first:
             banner.ahead()
+        stack.enter_context(answered(workdir))  # in all processes
         locked = stack.enter_context(workdir_lock(workdir) if first else contextlib.nullcontext(""))
         folder = stack.enter_context(mirror.kept(workdir, peers.me()))
         attempt = stack.enter_context(goodput.recorded(folder if first else None))

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,13 @@ def committed(folder: Path) -> bool:
     return (folder / NAME).is_file()
 
 
-def write(folder: Path, facts: Mapping[str, Any]) -> None:
+def write(folder: Path, facts: Mapping[str, Any], before: Callable[[], object] = lambda: None) -> None:
     """Commit a folder: hash each file, force all to storage, then write the manifest.
 
     Args:
       folder: whole, and written to by no one else.
       facts: what to store of it; anything that is not JSON becomes a name.
+      before: called when all but the manifest is done: what it raises is raised, and nothing is committed.
 
     Raises:
       OSError: a file can't be read or forced to storage, or the manifest can't be written. Nothing is committed.
@@ -49,6 +50,7 @@ def write(folder: Path, facts: Mapping[str, Any]) -> None:
     if not storage.is_object(folder):
         for inner in sorted({folder / parent for name in names for parent in Path(name).parents}, reverse=True):
             sync(inner)
+    before()
     _replace(folder, facts, found)
     sync(folder.parent)  # the folder's own name
 

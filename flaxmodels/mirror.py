@@ -86,6 +86,12 @@ def flush(workdir: Path) -> None:
         mirror.push()
 
 
+def forsake(workdir: Path) -> None:
+    """Copy nothing more to a workdir that another run has taken: what this process has would replace newer files."""
+    if (mirror := _OPEN.pop(str(workdir), None)) is not None:
+        shutil.rmtree(mirror.where, ignore_errors=True)
+
+
 def rescue(workdir: Path, pid: int, last: Callable[[Path], None]) -> None:
     """Copy what a process of this machine left, which was killed before it could. Raises OSError.
 

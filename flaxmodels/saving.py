@@ -20,7 +20,7 @@ from orbax.checkpoint.path import atomicity
 from orbax.checkpoint.path import step as naming
 
 from flaxmodels import disk, manifest, mirror, storage
-from flaxmodels.runtime import exits, peers
+from flaxmodels.runtime import exits, lease, peers
 from flaxmodels.runtime.exits import FaultError
 
 # Seconds.
@@ -124,8 +124,9 @@ class Saving:
         """In Orbax's thread of process 0, when all is written and before anything is deleted."""
         if folder.name != str(self.step):  # one part of it failed, and the others went on
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
-        mirror.flush(self.directory.parent)
-        manifest.write(folder, self._facts)
+        workdir = self.directory.parent
+        mirror.flush(workdir)
+        manifest.write(folder, self._facts, before=lambda: lease.confirm(workdir))
         try:
             disk.retire(self.directory, self.retention)
         except OSError as error:
@@ -211,6 +212,8 @@ def cause(error: BaseException) -> str:
         chain.append(error)
         error = error.__cause__ or error.__context__ or error
     for found in reversed(chain):
+        if isinstance(found, OSError) and str(found.filename).startswith(storage.SCHEME):
+            return str(found.strerror)  # of a bucket: what to do about it, where that is known
         said = re.search(r"os_error_code='(\d+)'", str(found))  # of TensorStore
         number = found.errno if isinstance(found, OSError) else int(said[1]) if said else None
         if number is not None and number in errno.errorcode:

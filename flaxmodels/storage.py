@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flaxmodels.buckets import Objects
 
 SCHEME = "gs://"
+PATTERN = "*?[]{}\\"  # have a meaning of their own where a name is looked for in a bucket
 OTHERS = ("s3://", "az://", "hf://", "abfs://", "http://", "https://")
 
 
@@ -33,6 +34,8 @@ def place(text: str | os.PathLike[str]) -> Path:
     bucket, _, inside = name.removeprefix(SCHEME).partition("/")
     if not bucket or not inside.strip("/") or ".." in inside.split("/"):
         raise UserError(f"{name!r} names no place in a bucket: expected {SCHEME}BUCKET/NAME.")
+    if found := sorted(set(PATTERN) & set(name)):
+        raise UserError(f"{name!r} has {' '.join(found)} in it: expected {SCHEME}BUCKET/NAME without any of {PATTERN}")
     from flaxmodels.buckets import Objects
 
     return cast(Path, Objects(name))

@@ -61,16 +61,16 @@ def held(monkeypatch):
     """Commits wait for the returned event."""
     event, write = threading.Event(), manifest.write
 
-    def late(folder, facts):
+    def late(*arguments, **options):
         assert event.wait(30)
-        write(folder, facts)
+        write(*arguments, **options)
 
     monkeypatch.setattr(manifest, "write", late)
     return event
 
 
 def failing(monkeypatch, error):
-    def write(folder, facts):
+    def write(*arguments, **options):
         raise error
 
     monkeypatch.setattr(manifest, "write", write)
@@ -442,6 +442,7 @@ def test_the_cause_of_an_error_is_what_the_system_said():
             raise ValueError("many\nlines") from inner
     except ValueError as outer:
         assert cause(outer) == "No space left on device"
+    assert cause(OSError(5, "let it write", "gs://b/run/x")) == "let it write"
     assert cause(ValueError("Error writing: x [os_error_code='5']")) == "Input/output error"
     assert cause(ValueError("first\nsecond")) == "first" and cause(TimeoutError()) == "TimeoutError"
 

@@ -141,9 +141,14 @@ def left(cloud: Cloud, s: Settings) -> list[str]:
 
 
 def workers(cloud: Cloud, s: Settings, zone: str) -> tuple[Worker, ...]:
-    """What each worker says of itself; who does not answer in time is silent."""
+    """What each worker says of itself; who does not answer in time is silent, and what ssh says of it is told once."""
     done = _all(cloud, s, zone, lambda slice: remote.state(s, slice=slice), SECONDS["look"], quiet=True)
-    return _parsed(s, done)
+    found = _parsed(s, done)
+    if any(worker.what == "silent" for worker in found):
+        for one in done:
+            if one.code:
+                cloud.once(f"# {error_of(gcloud.ssh(s, zone, ''), one)}")
+    return found
 
 
 def ship(cloud: Cloud, s: Settings, zone: str, parcel: Parcel) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import time
 
-from tpu import acts, bill, machines, state
+from tpu import acts, bill, machines, noting, state
 from tpu.gcloud import Cloud, CloudError
 from tpu.settings import Settings
 
@@ -31,7 +31,9 @@ def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
         left = acts.left(cloud, s)
         kept = state.load(s.folder)
         if not left and kept.lives and not cloud.dry_run:
-            state.save(s.folder, state.closed(kept, time.time(), "deleted"))
+            kept = state.closed(kept, now := time.time(), "deleted")
+            ended = kept.phase in state.ENDED
+            state.save(s.folder, kept if ended else noting.phase(kept, "waiting", "deleted by `down`", now))
     if left:
         raise CloudError("unknown", f"still there: {'; '.join(left)}.", "Run `python tpu/launch.py down` again.")
     cloud.say(f"# Nothing of {s.name} is left in {', '.join(s.zones)}.")

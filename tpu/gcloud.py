@@ -133,6 +133,12 @@ class Cloud:
         """Print a line for the user."""
         self._echo(line)
 
+    def once(self, line: str) -> None:
+        """Print a line for the user, the first time only."""
+        if (line,) not in self._told:
+            self._told.add((line,))
+            self.say(line)
+
     def sleep(self, seconds: float) -> None:
         """Wait, unless nothing real is waited for."""
         if not self.dry_run:

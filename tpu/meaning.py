@@ -50,9 +50,15 @@ _SIGNS = (
     ),
     _Sign(
         "permission",
-        r"needs? to be added to .*agent|ssh-add",
+        r"ssh key is not present|needs? to be added to .*agent|permission denied \(publickey",
         "gcloud reaches several workers through the ssh agent only: `eval \"$(ssh-agent)\"`, then "
         "`ssh-add ~/.ssh/google_compute_engine` (the key is made by the first `python tpu/launch.py ssh`).",
+    ),
+    _Sign(
+        "transient",
+        r"connect to host \S+ port 22",
+        "A new machine may need a minute. Else a firewall rule must allow port 22, and a machine without an external "
+        "address is reached from within its network: --ssh_flags=--internal-ip.",
     ),
     _Sign(
         "permission",
@@ -98,15 +104,35 @@ _SIGNS = (
         "",
     ),
 )  # fmt: skip
+_OF_BUCKETS = (
+    _Sign(
+        "permission",
+        r"does not have storage\.",
+        "See that the bucket is yours (its name is unique in the world), and that the account has the role "
+        "roles/storage.objectUser on it.",
+    ),
+    _Sign(
+        "missing",
+        r"not found: 404|bucket does not exist",
+        "`gcloud storage buckets create gs://NAME --location=REGION`.",
+    ),
+)
+# What gcloud says around the words of ssh, which are those that tell what is wrong.
+_AROUND = re.compile(
+    r"Using (ssh|scp) batch size|(SSH|SCP): Attempting|Retrying: |Failed to execute command on multiple workers|"
+    r".*\bexited with return code \[|SSH key found in"
+)
 
 
 def error_of(words: Sequence[str], done: Done) -> CloudError:
     """The error of a command that ended with a code that is not 0."""
-    if done.code == EXPIRED:
-        return CloudError("transient", f"`{_short(words)}` did not end in time.", "", done)
     text = done.err if done.err.strip() else done.out
-    said = f"`{_short(words)}` failed with code {done.code}: {shortened(text) or 'it said nothing'}"
-    sign = _sign(text)
+    sign = _sign(text, (_SIGNS[0], *_OF_BUCKETS, *_SIGNS) if tuple(words[1:2]) == ("storage",) else _SIGNS)
+    short = shortened(text)
+    if done.code == EXPIRED:
+        said = f"`{_short(words)}` did not end in time" + (f": {short}" if short else ".")
+        return CloudError("transient", said, sign.remedy, done)
+    said = f"`{_short(words)}` failed with code {done.code}: {short or 'it said nothing'}"
     return CloudError(sign.kind, said, sign.remedy, done)
 
 
@@ -115,8 +141,8 @@ def kind(said: str) -> Kind:
     return _sign(said).kind
 
 
-def _sign(text: str) -> _Sign:
-    found = (sign for sign in _SIGNS if re.search(sign.pattern, text, re.IGNORECASE))
+def _sign(text: str, signs: Sequence[_Sign] = _SIGNS) -> _Sign:
+    found = (sign for sign in signs if re.search(sign.pattern, text, re.IGNORECASE))
     return next(found, _Sign("unknown", "", ""))
 
 
@@ -127,7 +153,9 @@ def not_installed(command: str) -> CloudError:
 
 def shortened(text: str, most: int = 600) -> str:
     """What matters of an error's text: from its first line with ERROR on, in one line."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    text = text.partition("Exception in thread")[0].strip() or text  # each try of a thread has said why before
+    lines = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    lines = [line for line in lines if not _AROUND.match(line)] or lines
     first = next((index for index, line in enumerate(lines) if "ERROR" in line), max(0, len(lines) - 3))
     short = " ".join(lines[first:])
     return short if len(short) <= most else f"{short[:most]} ..."

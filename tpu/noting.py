@@ -196,7 +196,7 @@ def failed(action: Action, kept: Kept, error: CloudError, now: float, s: Setting
         return _flagged(replace(kept, tries=0), action.do)
     if kept.tries < TRIES or kept.end or kept.held is None:
         return kept
-    if action.do == "install" and error.kind == "worker":
+    if action.do == "install" and error.kind in ("worker", "permission"):  # the code's fault, or this machine's
         return ending(kept, "failed", f"the code can't be installed. {error}")
     if action.do in ("install", "check", "start", "stop"):
         return given_up(kept, f"{action.do}: {error}", now, s)
@@ -246,7 +246,7 @@ def ending(kept: Kept, end: End, why: str) -> Kept:
 
 def phase(kept: Kept, to: Phase, why: str, now: float) -> Kept:
     """In a phase, and why."""
-    return replace(kept, phase=to, why=why, since=kept.since if kept.phase == to else now)
+    return replace(kept, phase=to, why=why, since=kept.since if kept.since and kept.phase == to else now)
 
 
 def limit(lives: tuple[cost.Life, ...], now: float, s: Settings) -> str:

@@ -77,8 +77,7 @@ def start(s: Settings, attempt: int, *, slice: int = 0) -> str:
 
 def state(s: Settings, *, slice: int = 0) -> str:
     """One line that `parse` reads; also of a machine that nothing was shipped to."""
-    absent = _tell(s, slice, "state absent attempt=0 code=- sha=-")
-    return f"if [ -f {_script(s)} ]; then {_call(s, slice, 'state')}; else {absent}; fi"
+    return _where_there_is_one(s, slice, "state absent attempt=0 code=- sha=-", "state")
 
 
 def stop(s: Settings, seconds: float, *, slice: int = 0) -> str:
@@ -88,7 +87,7 @@ def stop(s: Settings, seconds: float, *, slice: int = 0) -> str:
 
 def log(s: Settings, lines: int, *, slice: int = 0) -> str:
     """The last lines of the newest attempt's output; all of them where `lines` is 0."""
-    return _call(s, slice, "log", str(lines))
+    return _where_there_is_one(s, slice, "state absent attempt=0 code=- sha=-", "log", str(lines))
 
 
 def follow(s: Settings, lines: int = 100, *, slice: int = 0) -> str:
@@ -140,6 +139,11 @@ def _folder(s: Settings) -> str:
 
 def _script(s: Settings) -> str:
     return f"{_folder(s)}/worker.sh"
+
+
+def _where_there_is_one(s: Settings, slice: int, said: str, *words: str) -> str:
+    """Have a worker's script do something; a worker without one says so."""
+    return f"if [ -f {_script(s)} ]; then {_call(s, slice, *words)}; else {_tell(s, slice, said)}; fi"
 
 
 def _tell(s: Settings, slice: int, said: str) -> str:

@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 import dataclasses
+import time
 from pathlib import Path
 
-from tpu import acts, logs, machines, remote, shipping, ssh, state
+from tpu import acts, logs, machines, noting, remote, shipping, ssh, state
 from tpu.gcloud import Cloud
 from tpu.meaning import CloudError
 from tpu.remote import Worker
@@ -65,7 +66,8 @@ def begin(s: Settings, cloud: Cloud, zone: str) -> None:
     acts.check(cloud, s, zone)
     attempt = max(kept.attempt, logs.newest(cloud, s), *(worker.attempt for worker in found)) + 1
     if not cloud.dry_run:
-        state.save(s.folder, dataclasses.replace(kept, parcel=parcel, command=s.command, attempt=attempt))
+        kept = dataclasses.replace(kept, parcel=parcel, command=s.command, attempt=attempt)
+        state.save(s.folder, noting.phase(kept, "running", f"attempt {attempt}", time.time()))
     acts.start(cloud, s, zone, attempt)
 
 

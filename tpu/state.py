@@ -235,10 +235,17 @@ def held(folder: Path, verb: str) -> Iterator[None]:
     """One command at a time that changes a run. The lock is the kernel's: it goes when its process goes.
 
     Raises:
-      UserError: another has it; the message names it.
+      UserError: another has it; the message names it. Or the folder can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise UserError(
+            f"--state={str(folder.parent)!r} can't be written: {error.strerror}. Expected a folder of yours, "
+            "where each run has one."
+        ) from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

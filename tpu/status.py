@@ -52,7 +52,8 @@ def table(
     """
     yield "run", f"{s.name}: {' '.join(kept.command or s.command)}"
     if kept.parcel is not None:
-        changes = f" and a patch to {len(kept.parcel.files)} files" * bool(kept.parcel.files)
+        count = len(kept.parcel.files)
+        changes = f" and a patch to {count} file{'s' * (count > 1)}" * bool(count)
         yield "code", f"{kept.parcel.sha}: revision {kept.parcel.revision[:12]}{changes}"
     if kept.since:
         yield "phase", f"{kept.phase} for {_long(now - kept.since)}: {kept.why}"

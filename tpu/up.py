@@ -48,6 +48,8 @@ def up(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
             noted = noting.noted(seen, kept, now, s)
             zone = noted.held.zone if noted.held else ""
             if zone in found and found[zone].state == "ACTIVE":
+                if noted.phase in ("waiting", "provisioning", "preempted"):
+                    noted = noting.phase(noted, "waiting", f"{zone} is ready for `run` or `watch`", now)
                 _save(cloud, s, noted)
                 return _ready(cloud, s, zone)
             action = deciding.decide(seen, kept, now, s)

@@ -81,6 +81,10 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:  # who reads our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return NOBODY_READS
+    except OSError as error:  # a file of the user's that can't be read or written, a disk that is full
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return FAULT
 
 
 @contextlib.contextmanager

@@ -161,7 +161,7 @@ install() {
   if [ "$me" -eq 0 ]; then
     for file in shipped.json patch; do
       { cd "$place/code" && named store "$place/$file" "$workdir/shipped/$new/$file"; } ||
-        problem "can't write to $workdir (above is why); to a bucket the TPU's service account needs roles/storage.objectAdmin"
+        problem "can't write to $workdir (above is why); to a bucket the TPU's service account needs roles/storage.objectUser"
     done
   fi
   say "installing parcel $new"

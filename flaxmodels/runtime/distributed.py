@@ -6,6 +6,7 @@ Read `joined`, which is put around all of a command. `place` says which process 
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import jax
 
-from flaxmodels import mirror
+from flaxmodels import mirror, storage
 from flaxmodels.runtime import compile_cache, exits, host_log, peers, progress, pulse, roll_call
 from flaxmodels.runtime.cluster import Place
 from flaxmodels.runtime.exits import SignalledError
+from flaxmodels.runtime.lease import answered
 from flaxmodels.runtime.place import host_and_port, place_of
 
 # Seconds that a process with an error waits for the others to end as well, before it ends them: bad input is found by
@@ -81,11 +83,14 @@ def joined(flags: argparse.Namespace, workdir: Path | None = None) -> Iterator[b
     place = place_of(flags, os.environ)
     if place is None:
         compile_cache.keep()  # of several processes JAX has only one write there
+        if workdir is not None and storage.is_object(workdir):  # stacks, and the last lines of the log
+            exits.before_end(functools.partial(mirror.flush, workdir), host_log.LAST)
         with pulse.opened({}, 0, flags.heartbeat_timeout, flags.stuck_after, workdir and mirror.local(workdir)):
             yield True
         return
     if workdir is not None:
-        host_log.keep(workdir, place.process, place.processes)
+        with answered(workdir):
+            host_log.keep(workdir, place.process, place.processes)
     deadline = time.monotonic() + flags.init_timeout
     ties = roll_call.meet(host_and_port(place.address), place.processes, place.process, flags.init_timeout)
     folder = workdir and mirror.local(workdir, place.process)

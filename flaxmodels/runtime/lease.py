@@ -2,7 +2,7 @@
 
 Each write names the generation that it takes the place of: of two that want the lock one gets it. An owner that stopped
 renewing is dead, and whoever comes next waits only as long as it takes to see that. One that was only asleep, such as a
-machine that was suspended, finds another generation when it wakes, and ends at once, before it writes anything else.
+machine that was suspended, finds another's lock when it renews its own or is about to commit a step, and ends at once.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
-from flaxmodels import storage
+from flaxmodels import mirror, storage
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits
 from flaxmodels.runtime.exits import FaultError
 
 EVERY, DEAD = 5.0, 30.0  # seconds between two renewals; without one, till the owner counts as dead
 LOOK = 1.0  # seconds between two looks at another's lock
-_HELD = set[str]()  # tokens of this process
+_HELD = dict[str, "_Lease"]()  # token -> the lease, of this process
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def held(file: Path) -> Iterator[str]:
     with answered(file.parent):
         generation = _taken(file, data)
     lease = _Lease(file, data, generation)
-    _HELD.add(token)
+    _HELD[token] = lease
     thread = threading.Thread(target=lease.keep, name="lock", daemon=True)
     thread.start()
     try:
@@ -54,9 +54,20 @@ def held(file: Path) -> Iterator[str]:
     finally:
         lease.over.set()
         thread.join(DEAD)  # storage may not answer
-        _HELD.discard(token)
+        del _HELD[token]
         with contextlib.suppress(OSError):
             storage.objects(file).unlink(missing_ok=True, generation=lease.generation)
+
+
+def confirm(workdir: Path) -> None:
+    """End this process at once where another one has taken the lock that this one holds of a workdir.
+
+    Raises:
+      OSError: the bucket does not answer.
+    """
+    for lease in [*_HELD.values()]:
+        if lease.file.parent == workdir:
+            lease.confirm()
 
 
 @contextlib.contextmanager
@@ -158,17 +169,24 @@ class _Lease:
             except OSError:
                 continue
 
+    def confirm(self) -> None:
+        """Leave where the lock is another's. Raises OSError."""
+        if _read(self.file)[0] not in (self.data, b""):
+            self._leave()
+
     def _lost(self) -> None:
         with contextlib.suppress(OSError):
             there, generation = _read(self.file)
-            if there == self.data:  # the answer to our own write was lost
+            if there in (self.data, b""):  # the answer to our own write was lost; or it was deleted by hand
                 self.generation = generation
-            elif not there:  # deleted by hand: no one else has it
-                self.generation = 0
             else:
-                exits.leave(
-                    FaultError(
-                        f"{self.file} is another's: this process did not renew it for {DEAD:g} s, and another run "
-                        "took the workdir. Nothing more is written by this one."
-                    )
-                )
+                self._leave()
+
+    def _leave(self) -> None:
+        mirror.forsake(self.file.parent)
+        exits.leave(
+            FaultError(
+                f"{self.file} is another's: this process did not renew it for {DEAD:g} s, and another run took the "
+                "workdir. Nothing more is written by this one."
+            )
+        )

@@ -21,6 +21,7 @@ from pathlib import Path
 from flaxmodels import mirror, storage
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import exits, goodput
+from flaxmodels.runtime.lease import answered
 
 FLAG = "--max_restarts"
 # Seconds before a restart; doubled for each that made no progress, and then again this.
@@ -118,7 +119,8 @@ class _Asked:
 
 
 def _supervise(command: Sequence[str], workdir: Path, most: int) -> int:
-    step, fruitless = newest(workdir), 0
+    with answered(workdir):
+        step, fruitless = newest(workdir), 0
     with _passing_on() as asked:
         for attempt in range(most + 1):
             code, seconds = _attempt(command, workdir, asked)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 from flaxmodels import manifest
 from flaxmodels.console import duration, human_bytes
-from flaxmodels.runtime import lock
+from flaxmodels.runtime import lease, lock
+from flaxmodels.storage import changed, is_object
 from flaxmodels.verify.finding import Finding, ok, problem, warning
 
 MIB = 2**20
@@ -243,14 +244,27 @@ def contents(workdir: Path, seconds: float = 5.0) -> list[Finding]:
 
 def _holder(workdir: Path) -> Iterator[Finding]:
     try:
-        with (workdir / lock.LOCK).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = f"{workdir} belongs to a running process: {_owner(file.read())}."
-                yield warning("workdir", text, "wait for it, stop it, or choose another --workdir")
+        held = (_leased if is_object(workdir) else _locked)(workdir / lock.LOCK)
+        if held is not None:
+            text = f"{workdir} belongs to a running process: {_owner(held)}."
+            yield warning("workdir", text, "wait for it, stop it, or choose another --workdir")
     except OSError:  # there is no lock, as no run was here; or it can't be read, which is found elsewhere
         return
+
+
+def _locked(file: Path) -> str | None:
+    """What a lock says that another process holds. Raises OSError."""
+    with file.open() as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return opened.read()
+    return None
+
+
+def _leased(file: Path) -> str | None:
+    """The same of a lock in a bucket: by the clocks, since who asks here does not wait till it is renewed."""
+    return file.read_text() if time.time() - changed(file) < lease.DEAD else None
 
 
 def _owner(text: str) -> str:

@@ -11,6 +11,7 @@ from fake_gcs import Fault
 from flaxmodels import capsule, cli, disk, manifest, mirror, shelf, stored
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.registry import UserError
+from flaxmodels.runtime import lease
 from flaxmodels.runtime.exits import FaultError
 from flaxmodels.state import TrainState
 
@@ -57,13 +58,15 @@ def same(found, step):
 
 
 def test_saved_committed_last_and_restored(workdir, cloud, monkeypatch):
-    flushed = []
+    flushed, confirmed = [], []
     monkeypatch.setattr(mirror, "flush", lambda where: flushed.append((where, disk.committed(workdir / "checkpoints"))))
+    monkeypatch.setattr(lease, "confirm", lambda where: confirmed.append((where, (folder / "4" / "params").exists())))
     folder = workdir / "checkpoints"
     with contextlib.closing(fill(folder, [4], keep=3)) as checkpoints:
         writes = [name.split()[2] for name in cloud.requests if name.startswith("POST write ")]
         assert writes[-1] == f"{folder.key}/4/MANIFEST.json" and writes.count(writes[-1]) == 1
         assert flushed == [(workdir, [])], "before the commit, so that the log is never behind it"
+        assert confirmed == [(workdir, True)], "by who still holds the lock"
         assert checkpoints.good() == checkpoints.best() == 4 and checkpoints.meta(4)["memory"] == 4
         assert same(checkpoints.restore(4, abstract()), 4)
         checkpoints.save(state(4), 4, {"memory": 5}, 1.0, replace=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fake_gcs import Fault
 
-from flaxmodels import mirror
+from flaxmodels import manifest, mirror
 from flaxmodels.registry import UserError
 from flaxmodels.runtime import goodput, lease
 from flaxmodels.runtime.exits import FaultError
@@ -115,6 +115,27 @@ def test_who_was_asleep_while_another_took_it_ends(workdir, monkeypatch):
         assert ended.wait(10)
     assert "another run took the workdir" in said[0]
     assert json.loads((workdir / LOCK).read_text())["host"] == "gone", "the other's lock stays"
+
+
+def test_who_was_asleep_while_another_took_it_commits_nothing(workdir, monkeypatch, fresh):
+    def leave(error):
+        raise SystemExit(str(error))
+
+    monkeypatch.setattr(lease, "EVERY", 60.0)  # it commits before it renews
+    monkeypatch.setattr(lease.exits, "leave", leave)
+    with workdir_lock(workdir), mirror.kept(workdir) as folder:
+        for step in ("4", "8"):
+            (workdir / step / "data").write_bytes(b"data")
+        (folder / "metrics.jsonl").write_text("older\n")
+        manifest.write(workdir / "4", {}, before=lambda: lease.confirm(workdir))
+        left(workdir)
+        (workdir / "metrics.jsonl").write_text("of the other\n")
+        with pytest.raises(SystemExit, match="another run took the workdir"):
+            manifest.write(workdir / "8", {}, before=lambda: lease.confirm(workdir))
+        mirror.flush(workdir)
+        mirror.rescue(workdir, os.getpid(), lambda folder: pytest.fail("it left nothing"))
+    assert manifest.committed(workdir / "4") and not manifest.committed(workdir / "8")
+    assert (workdir / "metrics.jsonl").read_text() == "of the other\n"
 
 
 def test_a_storage_that_was_away_is_no_reason_to_end(workdir, cloud, monkeypatch):

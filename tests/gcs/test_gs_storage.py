@@ -13,7 +13,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 @pytest.mark.parametrize(
-    "text", ["gs://", "gs://bucket", "gs://bucket/", "gs:///run", "gs://bucket/a/../b", "s3://b/run"]
+    "text",
+    [
+        "gs://",
+        "gs://bucket",
+        "gs://bucket/",
+        "gs:///run",
+        "gs://bucket/a/../b",
+        "s3://b/run",
+        "gs://b/run[1]",
+        "gs://b/a*/c",
+    ],
 )
 def test_what_names_no_place_is_refused(text):
     with pytest.raises(UserError, match=r"gs://BUCKET/NAME"):

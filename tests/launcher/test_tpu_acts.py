@@ -172,6 +172,17 @@ def test_who_does_not_answer_is_silent(google, cloud):
     assert {one.what for one in acts.workers(cloud, S, A)} == {"silent"}
 
 
+def test_why_a_worker_is_silent_is_said_once(google):
+    said = []
+    cloud = Cloud(echo=said.append)
+    why = sayings.SILENT.format(address="10.0.0.2", verb="SSH")
+    google.workers["a"] = Done(255, states(numbers=[0, 1, 3]).out, why)
+    for _ in range(3):
+        acts.workers(cloud, S, A)
+    (line,) = [line for line in said if line.startswith("#")]
+    assert "port 22: Connection timed out" in line and "firewall" in line and "ssh-add" not in line
+
+
 def test_each_slice_is_asked_with_its_own_number(google, cloud):
     google.workers = {"a-0": states(), "a-1": states("ended", 1, "0", numbers=range(4, 8))}
     found = acts.workers(cloud, TWO, A)

@@ -410,6 +410,12 @@ def test_zones_take_turns_and_pauses_grow():
     assert decide(seen("ACTIVE", "absent"), memory, NOW, s).kept.rounds == 0
 
 
+def test_since_when_a_run_waits_is_known_from_its_first_act():
+    action = decide(seen(), kept(), NOW, settings())
+    assert (action.kept.phase, action.kept.since) == ("waiting", NOW)
+    assert decide(seen("WAITING_FOR_RESOURCES"), action.kept, NOW + 90, settings()).kept.since == NOW
+
+
 def test_usage_errors_everywhere_are_bad_input():
     memory, s = kept(), settings()
     for _ in range(2):
@@ -421,7 +427,8 @@ def test_usage_errors_everywhere_are_bad_input():
 @pytest.mark.parametrize(
     "do, kind, end, deleting",
     [
-        ("install", "worker", "failed", False), ("install", "transient", "", True), ("check", "worker", "", True),
+        ("install", "worker", "failed", False), ("install", "permission", "failed", False),
+        ("install", "transient", "", True), ("check", "worker", "", True),
         ("start", "worker", "", True), ("stop", "transient", "", True), ("delete", "unknown", "", False),
     ],
 )  # fmt: skip

@@ -196,9 +196,13 @@ def test_what_a_command_leaves_behind_does_not_hold_its_end(tmp_path, monkeypatc
 
 def test_ctrl_c_ends_the_command(tmp_path):
     file = tmp_path / "pid"
-    threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
-    with pytest.raises(KeyboardInterrupt):
-        processes.run([["sh", "-c", f"echo $$ >{file}; exec sleep 100"]], 60)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & ignores the signal
+    try:
+        threading.Timer(0.4, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            processes.run([["sh", "-c", f"echo $$ >{file}; exec sleep 100"]], 60)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not runs(file)
 
 
@@ -226,6 +230,8 @@ def test_what_gcloud_is_known_to_say_is_understood(saying):
         ("ERROR: (gcloud.x) You do not currently have an active account selected.", "permission", "gcloud auth login"),
         ("ERROR: There was a problem refreshing your current auth tokens: invalid_grant", "permission", "auth login"),
         ('SSH Key is not present in the SSH agent. Please run "ssh-add /k"', "permission", "ssh-add"),
+        ("u@10.0.0.2: Permission denied (publickey).", "permission", "ssh-add"),
+        (sayings.SILENT.format(address="10.0.0.2", verb="SSH"), "transient", "firewall"),
         ("Cloud TPU API has not been used in project 1 before", "permission", "services enable tpu.googleapis.com"),
         ("This API method requires billing to be enabled. Billing must be enabled", "permission", "billing"),
         ("Quota exceeded for quota metric 'Requests' and limit 'Requests per minute'", "transient", ""),
@@ -244,10 +250,36 @@ def test_errors_have_a_kind_and_a_remedy(said, kind, remedy):
     assert remedy in error.remedy and said.removeprefix("ERROR: ")[:20] in str(error)
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "remedy"),
+    [
+        ("ERROR: (gcloud.storage.ls) gs://b not found: 404.", "missing", "buckets create"),
+        ("a@b.c does not have storage.objects.list access to the Google Cloud Storage bucket.", "permission", "yours"),
+        (
+            "ERROR: (gcloud.storage.ls) You do not currently have an active account selected.",
+            "permission",
+            "auth login",
+        ),
+        ("HTTPError 503: backend error", "transient", ""),
+    ],
+)
+def test_what_is_said_of_a_bucket_has_the_remedy_of_a_bucket(said, kind, remedy):
+    error = meaning.error_of(gcloud.storage("ls", "gs://b/a/logs/"), Done(1, "", said))
+    assert error.kind == kind and remedy in error.remedy and "tpu.admin" not in error.remedy
+
+
 def test_an_error_is_shown_from_where_it_begins_and_not_without_end():
     text = "Create request issued\nERROR: (gcloud.x) it\n  failed"
     assert meaning.shortened(text) == "ERROR: (gcloud.x) it failed"
     assert len(meaning.shortened("ERROR " + "x" * 10_000)) < 700
+    again = sayings.ATTEMPT.format(verb="SSH", worker=1) + "\nu@10.0.0.2: Permission denied (publickey).\n"
+    end = "ERROR: (gcloud.x) [/usr/bin/ssh] exited with return code [255]."
+    assert meaning.shortened(again * 10 + end) == "u@10.0.0.2: Permission denied (publickey)."
+    thread = "Exception in thread Thread-1:\nTraceback (most recent call last):\n  x\nCommandError: y"
+    assert meaning.shortened(again * 10 + thread) == "u@10.0.0.2: Permission denied (publickey)."
+    assert meaning.shortened(thread).endswith("CommandError: y")
+    late = meaning.error_of(["gcloud", "x"], Done(processes.EXPIRED, "", again))
+    assert (late.kind, "did not end in time: u@10" in late.said) == ("transient", True)
     assert "it said nothing" in str(meaning.error_of(["gcloud"], Done(1, "", "")))
 
 

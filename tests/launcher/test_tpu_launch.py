@@ -14,6 +14,7 @@ from cloud import ROOT
 from fake import sayings
 
 from tpu import keys, processes, settings, state, up, verbs
+from tpu import launch as launcher
 from tpu.cost import Life
 
 A, B = "us-west4-a", "us-west1-c"
@@ -80,6 +81,22 @@ def test_bad_input_is_named_with_what_was_meant(google, capsys, words, said):
     assert google.did == []
 
 
+def test_an_older_python_is_told_what_is_expected(monkeypatch, capsys):
+    find = launcher.util.find_spec
+    monkeypatch.setattr(launcher.util, "find_spec", lambda name: None if name == "tomllib" else find(name))
+    assert launcher.main(["up"]) == 2
+    assert "expected Python 3.11 or later, on Linux, macOS or WSL" in capsys.readouterr().err
+
+
+def test_a_folder_that_can_not_be_written_is_named(google, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert launch("up", *FLAGS, "--state=file") == 2
+    assert "error: --state='file' can't be written" in capsys.readouterr().err
+    assert launch("gke", *FLAGS, "--bucket=gs://b", "--to=file/x.yaml") == 1
+    assert capsys.readouterr().err.startswith("error: file: ")
+    assert google.did == []
+
+
 def test_help_names_all_verbs_and_a_verb_its_flags(capsys):
     assert launch() == launch("--help") == 0
     told = capsys.readouterr().out
@@ -113,6 +130,8 @@ def test_up_waits_till_the_machine_is_there_and_remembers_what_it_costs(google, 
     (life,) = state.load(google.folder).lives
     assert (life.zone, life.ended, life.chips, life.usd_per_hour) == (A, None, 16, pytest.approx(3.84))
     assert life.begun is not None
+    kept = state.load(google.folder)
+    assert (kept.phase, kept.why) == ("waiting", f"{A} is ready for `run` or `watch`") and kept.since >= life.begun
 
 
 def test_up_waits_on_where_the_cloud_does_not_answer_for_a_while(google, capsys):
@@ -250,6 +269,7 @@ def test_down_deletes_and_proves_it(google, capsys):
     assert google.there == {A: None, B: None}
     (life,) = state.load(google.folder).lives
     assert life.ended is not None and life.why == "deleted"
+    assert state.load(google.folder).why == "deleted by `down`"
 
 
 def test_down_lets_the_training_save_unless_it_is_told_not_to(google):

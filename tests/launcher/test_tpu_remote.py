@@ -52,7 +52,7 @@ def test_words_reach_a_worker_as_they_are():
 
 
 def test_a_worker_of_a_later_slice_knows_its_number():
-    first = {text.partition("sh ")[0] for text in (remote.start(S, 1), remote.stop(S, 5), remote.log(S, 1))}
+    first = {text.partition("sh ")[0] for text in (remote.start(S, 1), remote.stop(S, 5), remote.follow(S, 1))}
     assert first == {""}
     assert remote.check(S, slice=2).startswith("FIRST=8 sh ")
     assert "FIRST=4 sh" in remote.install(S, PARCEL, slice=1) and "$((4 + " in remote.state(S, slice=1)
@@ -73,6 +73,7 @@ def test_a_machine_without_anything_says_that_it_is_absent(tmp_path, given):
     )
     number = 4 + int(given or 0)
     assert said.stdout == f"worker {number}: state absent attempt=0 code=- sha=-\n" and not said.stderr
+    assert remote.log(S, 5, slice=1).endswith(remote.state(S, slice=1).partition("; else")[2])
 
 
 def test_every_text_is_one_that_a_shell_reads():

@@ -64,6 +64,7 @@ def test_a_new_machine_gets_the_code_and_an_attempt_of_its_own(s, did, kept, log
     assert did.acts == [("ship", PARCEL), ("install", PARCEL), ("check",), ("start", 8)]
     kept = state.load(s.folder)
     assert (kept.attempt, kept.parcel.sha, kept.command) == (8, SHA, s.command)
+    assert (kept.phase, kept.why) == ("running", "attempt 8")
 
 
 @pytest.mark.parametrize("sha", [SHA, "ba9876543210"])

@@ -86,6 +86,8 @@ FAILED = {
 ATTEMPT = "{verb}: Attempting to connect to worker {worker}..."
 SILENT = """\
 ssh: connect to host {address} port 22: Connection timed out
+Failed to execute command on multiple workers. This may have happened if you have not added your SSH key to your \
+ssh-agent using "ssh-add ~/.ssh/google_compute_engine".
 Retrying: {verb} command error: [/usr/bin/ssh] exited with return code [255]."""
 WORKER_FAILED = "##### Command execution on worker {worker} failed with exit status {code}. Continuing."
 
