@@ -9,7 +9,7 @@ LONGEST = 40  # lines of an error that are shown
 # How a line begins that tells of an error: ours, Python's, the interpreter's, XLA's, what a shell says of a signal.
 _SIGN = re.compile(
     r"error: |Traceback \(most recent call last\)|Fatal Python error|(\w+\.)*\w*(Error|Exception)(: |$)|"
-    r"F\d{4} \d\d:\d\d:|(Killed|Aborted|Segmentation fault|Bus error)\b|"
+    r".*/worker\.sh: \d+: |F\d{4} \d\d:\d\d:|(Killed|Aborted|Segmentation fault|Bus error)\b|"
     r".*\b(RESOURCE_EXHAUSTED|No space left on device)\b|"
     r"launcher: attempt \d+ ended with exit code (?!0,|130,|143,)\d+|problem: "
 )

@@ -23,7 +23,8 @@ class CloudError(RuntimeError):
     """
 
     def __init__(self, kind: Kind, said: str, remedy: str = "", done: Done | None = None) -> None:
-        super().__init__(f"{said} {remedy}".strip())
+        stop = "." if remedy and said[-1:].isalnum() else ""
+        super().__init__(f"{said}{stop} {remedy}".strip())
         self.kind, self.said, self.remedy, self.done = kind, said, remedy, done
 
 

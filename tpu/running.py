@@ -60,6 +60,7 @@ def begin(s: Settings, cloud: Cloud, zone: str) -> None:
         cloud.say(f"# attempt {max(running)} does not run on all workers any more: it is stopped, and the next started")
         acts.stop(cloud, s, zone, SECONDS)
     kept = state.load(s.folder)
+    shipping.refuse_missing(REPOSITORY, s.command)
     parcel = shipping.pack(REPOSITORY, s.folder, dry_run=cloud.dry_run)
     acts.ship(cloud, s, zone, parcel)
     acts.install(cloud, s, zone, parcel)

@@ -13,11 +13,11 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpu.settings import UserError
+from tpu.keys import UserError, suggest
 
 OWN = ("worker.sh", "constraints.txt")  # of this folder, which a worker needs before it has the code
 MOST = 100 * 2**20  # bytes of files that are not committed: more than that are data
@@ -76,6 +76,24 @@ def pack(repository: Path, folder: Path, *, dry_run: bool = False) -> Parcel:
             written = work / file.name if dry_run else file
             _write(written, content, work / "bundle")
         return Parcel(file, sha, revision, patch_sha, files, _digest(written))
+
+
+def refuse_missing(repository: Path, command: Sequence[str]) -> None:
+    """Refuse a training whose config is not in the repository: found out on a machine, that costs.
+
+    Args:
+      repository: where its relative paths begin.
+      command: of the training.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    for before, word in zip(("", *command), command):
+        flag, _, name = word.partition("=") if word.startswith("--config=") else (before, "", word)
+        file = Path(name.partition(":")[0])  # FILE:TEXT is a file and an argument of it
+        if flag == "--config" and not file.is_absolute() and not (repository / file).is_file():
+            others = [str(one.relative_to(repository)) for one in repository.glob("configs/*.py")]
+            raise UserError(f"--config={name!r} of the training is not in {repository}. {suggest(str(file), others)}")
 
 
 def _head(repository: Path) -> str:

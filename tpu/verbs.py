@@ -124,7 +124,8 @@ def _run(argv: Sequence[str]) -> int:
     if unknown:
         known = [f"--{name}" for name in vars(flags)]
         raise UserError(f"unknown flag {unknown[0]!r}. {keys.suggest(unknown[0].partition('=')[0], known)}")
-    flags.command = flags.command if name == "ssh" else command or flags.command
+    if name != "ssh" and command:  # a single word is a line for a shell, as in the file
+        flags.command = command[0] if len(command) == 1 else command
     flags.words = command
     s = settings.load(flags.file, vars(flags), verb.needs)
     good = GoodCase(s, there="machine" in verb.there, trains="training" in verb.there)

@@ -179,6 +179,7 @@ def _begin(kept: Kept, s: Settings, cloud: Cloud, flags: argparse.Namespace) -> 
         cloud.say(f"# the code or the command has changed; the run goes on with parcel {kept.parcel.sha} and")
         cloud.say(f"# {shlex.join(kept.command)}, as it began. --update ships what is here now.")
     if kept.parcel is None or flags.update:
+        shipping.refuse_missing(REPOSITORY, s.command)
         kept = dataclasses.replace(kept, parcel=packed, command=s.command, update=changed or kept.update)
     elif not kept.parcel.file.is_file():
         raise UserError(

@@ -145,7 +145,7 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("topology", "moment"),
     [
-        pytest.param(T1, "commit 36", marks=slow),
+        pytest.param(T1, "commit 36", marks=nightly),
         pytest.param(T1, "commit 60", marks=nightly),
         *(
             pytest.param(T1, moment, marks=nightly)

@@ -3,8 +3,11 @@
 import gc
 import os
 import warnings
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[2]  # pytest knows one module `conftest`: other tests import it from there
 
 
 @pytest.fixture(scope="module")

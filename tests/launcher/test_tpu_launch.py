@@ -340,6 +340,14 @@ def test_what_follows_two_dashes_is_the_training(google):
     assert seen[0].command == ("python", "own.py", "--lr=1")
 
 
+def test_a_single_word_after_two_dashes_is_a_line_for_a_shell(google):
+    google.there[A], google.nodes[A] = request("ACTIVE"), {"a": {"state": "READY"}}
+    assert (
+        launch("run", *FLAGS, "--bucket=/b", "--dry_run", "--", "python train.py --config=configs/digits_cnn.py") == 0
+    )
+    assert launch("run", *FLAGS, "--bucket=/b", "--dry_run", "--", "python", "train.py", "--config=digits_cnn.py") == 2
+
+
 def test_a_closed_pipe_ends_it_quietly(tmp_path):
     words = [sys.executable, str(ROOT / "tpu/launch.py"), "up", *FLAGS, "--dry_run"]
     done = subprocess.run(

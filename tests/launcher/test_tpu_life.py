@@ -18,7 +18,9 @@ from tpu import verbs
 ZONES = ("us-west4-a", "us-east5-a")
 TYPE = "v5p-16"  # two hosts of four chips
 STEPS = 40  # of stub/train.py
-STUB = ((HERE / "stub/train.py", "train.py"), (HERE / "stub/flaxmodels", "flaxmodels"))
+STUB = (
+    (HERE / "stub/train.py", "train.py"), (HERE / "stub/flaxmodels", "flaxmodels"), (ROOT / "configs", "configs"),
+)  # fmt: skip
 PRICES = (ROOT / "flaxmodels/perf/prices.toml", "flaxmodels/perf/prices.toml")
 REAL = ((ROOT / "flaxmodels", "flaxmodels"), (ROOT / "train.py", "train.py"), (harness.TINY, "tests/faults/tiny.py"))
 FAULTS = (

@@ -160,6 +160,8 @@ OWN = "error: out of paper\nPut paper in."
             "3 Traceback (most recent call last):\n  File x\nValueError: no",
         ),
         ({0: OF_ANOTHER, 1: f"step 1\nKilled\n{END.format(137, 1)}"}, "1 Killed"),
+        ({0: f"/home/u/flaxmodels/a/worker.sh: 9: exec: trian: not found\n{END.format(127, 1)}"},
+         "0 /home/u/flaxmodels/a/worker.sh: 9: exec: trian: not found"),
         ({0: f"step 1\n{END.format(137, 1)}"}, f"0 {END.format(137, 1)}"),
         ({0: "jaxlib.XlaRuntimeError: INTERNAL"}, "0 jaxlib.XlaRuntimeError: INTERNAL"),
         ({0: "W0000: step 3: RESOURCE_EXHAUSTED: 3 GiB"}, "0 W0000: step 3: RESOURCE_EXHAUSTED: 3 GiB"),

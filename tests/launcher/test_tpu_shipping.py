@@ -140,6 +140,17 @@ def test_what_is_no_repository_of_its_own_is_refused(repository, tmp_path):
         shipping.pack(repository, tmp_path / "parcels")
 
 
+def test_a_config_that_is_not_there_is_refused_before_it_costs(tmp_path):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/gpt2.py").touch()
+    good = ("--config=configs/gpt2.py", "--config=configs/gpt2.py:small", "--config=/elsewhere.py", "--config.x=y")
+    for words in [("python", "train.py", word) for word in good] + [("--config", "configs/gpt2.py")]:
+        shipping.refuse_missing(tmp_path, words)
+    for words in (["--config=configs/gpt3.py"], ["--config", "configs/gpt3.py:small"]):
+        with pytest.raises(UserError, match="Did you mean 'configs/gpt2"):
+            shipping.refuse_missing(tmp_path, words)
+
+
 @pytest.mark.slow
 def test_a_hook_of_git_packs_the_repository_it_is_asked_for(repository, tmp_path, monkeypatch):
     parcel = shipping.pack(repository, tmp_path / "parcels")

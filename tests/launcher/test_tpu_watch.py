@@ -147,7 +147,7 @@ def test_ctrl_c_leaves_all_as_it_is_and_says_how_to_go_on(laptop):
 def test_a_run_goes_on_with_the_code_that_it_began_with(laptop):
     interrupted(laptop)
     laptop.code = "c0de2"
-    other = replace(laptop.s, command=("python", "train.py", "--config=other.py"))
+    other = replace(laptop.s, command=("python", "train.py", "--config=configs/digits_cnn.py"))
     interrupted(laptop)
     assert laptop.heard("the code or the command has changed") and laptop.kept().parcel.sha == "c0de"
     assert laptop.watch(other) == 0
@@ -157,8 +157,11 @@ def test_a_run_goes_on_with_the_code_that_it_began_with(laptop):
 def test_update_ships_what_is_here_now(laptop):
     interrupted(laptop, "tpu-vm scp")
     laptop.code = "c0de2"
-    assert laptop.watch(replace(laptop.s, command=("python", "train.py", "--config=other.py")), update=True) == 0
-    assert laptop.heard("parcel-c0de2.tar") and laptop.heard("--config=other.py")
+    assert (
+        laptop.watch(replace(laptop.s, command=("python", "train.py", "--config=configs/digits_cnn.py")), update=True)
+        == 0
+    )
+    assert laptop.heard("parcel-c0de2.tar") and laptop.heard("--config=configs/digits_cnn.py")
     assert laptop.kept().parcel.sha == "c0de2"
 
 
