@@ -162,7 +162,11 @@ class Saving:
         """Let go of Orbax, if nothing is in flight: else it, and Python at its end, might wait for ever."""
         if self.step is None:
             self._sweep()
-            self.manager.close()
+            try:
+                self.manager.close()
+            except Exception:  # of several parts of a save that fail Orbax raises one at a time, and here what is left
+                if not self._failed:
+                    raise
         else:
             exits.abandon()
 

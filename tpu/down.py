@@ -8,6 +8,7 @@ import time
 from tpu import acts, bill, machines, noting, state
 from tpu.gcloud import Cloud, CloudError
 from tpu.settings import Settings
+from tpu.state import Kept, StateError
 
 SAVE = 600.0  # seconds for the training to save and end, before its machine goes
 
@@ -19,7 +20,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
     """Delete all of this name in all zones, after the training has saved, and prove that nothing is left."""
-    s = bill.everywhere(s)
+    try:
+        s, damaged = bill.everywhere(s), False
+    except StateError as error:  # what costs is deleted all the same
+        damaged = True
+        cloud.say(f"# {error} Only the zones of --zone are looked at.")
     with contextlib.nullcontext() if cloud.dry_run else state.held(s.folder, "down"):
         for zone in s.zones:
             found = acts.resource(cloud, s, zone)
@@ -29,7 +34,7 @@ def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
                 acts.stop(cloud, there, zone, SAVE)
             acts.delete(cloud, s, zone)
         left = acts.left(cloud, s)
-        kept = state.load(s.folder)
+        kept = Kept() if damaged else state.load(s.folder)
         if not left and kept.lives and not cloud.dry_run:
             kept = state.closed(kept, now := time.time(), "deleted")
             ended = kept.phase in state.ENDED

@@ -139,6 +139,16 @@ def test_a_save_that_fails_leaves_the_one_before(workdir, cloud, where, code):
     assert {path.name for path in folder.iterdir()} <= {"4", "12", "16"}, "what was half written is freed"
 
 
+@pytest.mark.parametrize("where", ["_METADATA", "params/"])
+def test_a_save_that_fails_is_told_once(workdir, cloud, where):
+    checkpoints = fill(workdir / "checkpoints", [4])
+    cloud.faults.append(Fault(f"write .*/8/.*{where}", 403))
+    with pytest.raises(FaultError, match="the save of step 8 to "):
+        checkpoints.save(state(8), 8, {})
+        checkpoints.wait()
+    checkpoints.close()  # two parts of it failed
+
+
 def test_what_goes_on_writing_for_a_save_that_failed_commits_nothing(workdir):
     folder = workdir / "checkpoints"
     with contextlib.closing(fill(folder, [4])) as checkpoints:

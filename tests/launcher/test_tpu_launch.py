@@ -272,6 +272,15 @@ def test_down_deletes_and_proves_it(google, capsys):
     assert state.load(google.folder).why == "deleted by `down`"
 
 
+def test_down_deletes_where_the_state_file_is_damaged(google, capsys):
+    launch("up", *FLAGS)
+    (google.folder / state.FILE).write_text("{")
+    assert launch("down", *FLAGS) == 0
+    assert google.there == {A: None, B: None} and (google.folder / state.FILE).read_text() == "{"
+    told = capsys.readouterr().out
+    assert "is damaged" in told and "Nothing of a is left" in told
+
+
 def test_down_lets_the_training_save_unless_it_is_told_not_to(google):
     untyped = [flag for flag in FLAGS if not flag.startswith("--type")]  # the cloud tells what it is
     for flags, stops in ((FLAGS, 1), (untyped, 1), ([*FLAGS, "--now"], 0)):
