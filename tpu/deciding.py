@@ -118,7 +118,7 @@ def _active(seen: Seen, kept: Kept, held: Held, resource: Resource, now: float, 
         why = f"worker {wrong[0]} ended with exit code 2: its input is wrong, which a restart does not change"
         return _take_down(seen, replace(ending(kept, "failed", why), code=noting.BAD_INPUT), now)
     if len(ours) == len(workers) > 0 and all(one.what == "ended" and one.code == 0 for one in ours):
-        return _take_down(seen, ending(kept, "done", f"all {len(workers)} workers ended with exit code 0"), now)
+        return _take_down(seen, ending(kept, "done", "every worker ended with exit code 0"), now)
     if held.silent:
         numbers = [one.number for one in workers if one.what == "silent"]
         who = f"no answer from {_names(numbers) if numbers and len(numbers) < len(workers) else 'any worker'}"

@@ -26,13 +26,15 @@ def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
         damaged = True
         cloud.say(f"# {error} Only the zones of --zone are looked at.")
     with contextlib.nullcontext() if cloud.dry_run else state.held(s.folder, "down"):
+        errors = []
         for zone in s.zones:
-            found = acts.resource(cloud, s, zone)
-            there = dataclasses.replace(s, type=s.type or found.type, slices=found.slices or s.slices)
-            if found.state == "ACTIVE" and there.type in machines.TYPES and not flags.now:
-                cloud.say(f"# A training that runs saves and ends: at most {SAVE / 60:.0f} minutes; --now skips that.")
-                acts.stop(cloud, there, zone, SAVE)
-            acts.delete(cloud, s, zone)
+            try:
+                _delete(s, cloud, zone, flags.now)
+            except CloudError as error:  # the machine of another zone is deleted all the same
+                errors.append(error)
+                cloud.say(f"# {zone}: {error}")
+        if errors:
+            raise errors[0]
         left = acts.left(cloud, s)
         kept = Kept() if damaged else state.load(s.folder)
         if not left and kept.lives and not cloud.dry_run:
@@ -43,3 +45,13 @@ def down(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
         raise CloudError("unknown", f"still there: {'; '.join(left)}.", "Run `python tpu/launch.py down` again.")
     cloud.say(f"# Nothing of {s.name} is left in {', '.join(s.zones)}.")
     return 0
+
+
+def _delete(s: Settings, cloud: Cloud, zone: str, now: bool) -> None:
+    """What there is in a zone."""
+    found = acts.resource(cloud, s, zone)
+    there = dataclasses.replace(s, type=s.type or found.type, slices=found.slices or s.slices)
+    if found.state == "ACTIVE" and there.type in machines.TYPES and not now:
+        cloud.say(f"# A training that runs saves and ends: at most {SAVE / 60:.0f} minutes; --now skips that.")
+        acts.stop(cloud, there, zone, SAVE)
+    acts.delete(cloud, s, zone)

@@ -114,7 +114,8 @@ def manifest(s: Settings, image: str, account: str = "default") -> str:
 #     --location={_region(s)} --node-locations={s.zones[0] if s.zones else "ZONE"} \\
 #     --machine-type={kind}-{chips}t --tpu-topology={topology} --num-nodes={machine.hosts}{_pool(s)}
 # The container, from the root of the repository:
-#   docker build --file=tpu/gke/Dockerfile --tag={image} .
+#   gcloud auth configure-docker {image.partition("/")[0]}
+#   docker build --platform=linux/amd64 --file=tpu/gke/Dockerfile --tag={image} .
 #   docker push {image}
 # JobSet itself: https://jobset.sigs.k8s.io/docs/installation/
 """

@@ -80,8 +80,8 @@ def watch(s: Settings, cloud: Cloud, flags: argparse.Namespace) -> int:
 
 
 def look(cloud: Cloud, s: Settings, kept: Kept, first: bool) -> Seen:
-    """What is there: in all zones where it is not known where, or whether anything should be."""
-    if first or kept.held is None or kept.end or not kept.held.met:
+    """What is there: in all zones only where it is not known where, since one may not answer while a machine costs."""
+    if first or kept.held is None or not kept.held.met:
         found = dict(acts.find(cloud, s))
         for zone, one in found.items():
             acts.same(s, zone, one)

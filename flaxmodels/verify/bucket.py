@@ -1,5 +1,6 @@
 """A workdir in a bucket: whether this account may use it, and how fast it takes what a save writes."""
 
+import contextlib
 import os
 import time
 import uuid
@@ -28,6 +29,8 @@ def bucket(workdir: Path) -> Iterator[Finding]:
         small = min(_seconds(lambda: file.write_bytes(data[:SMALL])) for _ in range(TIMES))
         file.unlink()
     except (OSError, UserError) as error:
+        with contextlib.suppress(OSError, UserError):  # what was written is not left to be paid for
+            file.unlink(missing_ok=True)
         text = getattr(error, "strerror", None) or str(error)
         yield problem("storage", f"{workdir}: {text}", "choose another --workdir, or mend that")
         return

@@ -53,6 +53,9 @@ def test_a_bucket_that_can_not_be_used(cloud, workdir):
     cloud.faults.append(Fault("write", 403, times=1))
     (found,) = bucket.bucket(workdir)
     assert found.level == "problem" and "this account may not" in found.text
+    cloud.faults.append(Fault("read", 403, times=1))
+    (found,) = bucket.bucket(workdir)
+    assert found.level == "problem" and not list(workdir.iterdir()), "what was written goes"
 
 
 def test_a_workdir_in_a_bucket_that_another_run_holds(cloud, workdir, monkeypatch):

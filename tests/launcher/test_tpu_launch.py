@@ -297,6 +297,15 @@ def test_down_looks_where_the_run_has_been_whatever_the_settings_say_now(google)
     assert google.there["us-east5-a"] is None
 
 
+def test_down_goes_on_where_a_zone_does_not_answer(google, capsys):
+    google.there[B], google.nodes[B] = request("ACTIVE"), {"a": {"state": "READY"}}
+    google.say["queued-resources describe"] = [sayings.said("permission", command="x", zone=A)]
+    assert launch("down", *FLAGS) == 1
+    assert google.there[B] is None
+    told = capsys.readouterr()
+    assert f"# {A}: " in told.out and "PERMISSION_DENIED" in told.err and "is left in" not in told.out
+
+
 def test_down_says_what_is_left(google, capsys, monkeypatch):
     monkeypatch.setattr("tpu.acts.delete", lambda *arguments: None)
     google.there[A] = request("SUSPENDED")

@@ -70,7 +70,7 @@ def test_one_command_is_the_whole_life(laptop):
     kept = laptop.kept()
     assert (kept.phase, kept.attempt, kept.parcel.sha, kept.command) == ("done", 1, "c0de", laptop.s.command)
     assert kept.held is None and [life.zone for life in kept.lives] == ["z1-a"] and kept.lives[0].ended
-    assert laptop.heard("# done: all 4 workers ended with exit code 0")
+    assert laptop.heard("# done: every worker ended with exit code 0")
     assert laptop.heard("# nothing of the name a is left in z1-a, z2-b") and laptop.heard("# 1 machine, 0.00 hours")
     acts = [verb for verb in laptop.ran if verb.split()[1] not in ("describe", "list", "ssh")]
     assert acts == ["queued-resources create", "tpu-vm scp", "queued-resources delete"]
@@ -263,7 +263,7 @@ def test_while_a_machine_is_held_only_its_zone_is_asked(laptop):
         seen = watch.look(cloud, laptop.s, kept, first)
         return list(seen.found), len(seen.workers), laptop.heard("zone=z1-a"), laptop.heard("zone=z2-b")
 
-    assert looked(here) == (["z1-a"], 4, True, False)
+    assert looked(here) == looked(replace(here, end="limit")) == (["z1-a"], 4, True, False)
     assert looked(elsewhere) == ([], 0, False, True)
     assert looked(here, first=True) == looked(Kept()) == (["z1-a"], 4, True, True)
 
