@@ -66,6 +66,16 @@ def server(monkeypatch):
         server.shutdown()
 
 
+def heard(server, key):
+    """Wait till the value of now was answered and acted on: till the question after the next one comes."""
+
+    def count():
+        return sum(path.endswith(f"/{key}") for path, _, _ in server.asked)
+
+    before = count()
+    wait_for(lambda: count() >= before + 2)
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 20
     while not condition():
@@ -122,12 +132,12 @@ def test_a_maintenance_that_stands_there_at_the_start_does_not_count(server, mon
     server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING"}')
     came = []
     with preemption.watched(lambda *words: came.append(words)):
-        wait_for(lambda: len([path for path, _, _ in server.asked if path.endswith("/upcoming-maintenance")]) > 2)
+        heard(server, "upcoming-maintenance")
         server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING", "type": "SCHEDULED"}')
-        time.sleep(0.05)
+        heard(server, "upcoming-maintenance")
         assert came == []
         server.set("upcoming-maintenance", "{}")
-        time.sleep(0.05)
+        heard(server, "upcoming-maintenance")
         assert came == []
         server.set("upcoming-maintenance", '{"maintenance_status": "ONGOING"}')
         wait_for(lambda: came)
