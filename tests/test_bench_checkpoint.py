@@ -80,7 +80,7 @@ def test_noise_keeps_what_is_no_float():
 # Starts
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_starts_are_measured(run, tmp_path):
     """With the cache full, programs come from it; all phases add up."""
     done = run(

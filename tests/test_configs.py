@@ -44,8 +44,14 @@ def test_resolves_with_an_origin_for_every_value(name):
     assert len({key for key, _, _ in rows}) == len(rows)
 
 
+# Models and data of these are those of others here.
+LIKE_OTHERS = ("mnist_cnn", "pydocs_transformer")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in LIKE_OTHERS)) for name in CONFIGS]
+)
 def test_trains_for_two_steps(name, tmp_path):
     config = load_config(ROOT / "configs" / f"{name}.py")
     with config.unlocked(), config.ignore_type():

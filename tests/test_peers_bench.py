@@ -344,7 +344,7 @@ def test_bad_input(words, said):
 # --- the whole
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_ours_beside_plain_jax(tmp_path, capsys, monkeypatch):
     """What is not installed everywhere takes part in the nightly test."""
     short = dataclasses.replace(works.WORKS["mlp"], seconds=0.05)

@@ -619,7 +619,7 @@ def test_the_manifest_says_what_there_is(tmp_path, lines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.nightly), signal.SIGTERM])
 def test_a_signal_stops_it_and_the_same_command_goes_on(tmp_path, number):
     (tmp_path / "a.txt").write_text("".join(f"{i} some words to be encoded\n" for i in range(600_000)))
     sections = {"model": {"name": "transformer"}, "optim": {"name": "adam", "learning_rate": 0.1}}

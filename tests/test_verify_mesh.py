@@ -93,7 +93,7 @@ def test_wrong_accumulation_is_caught(monkeypatch):
     assert {row.verdict for cell, row in rows.items() if cell[1] == 2} == {DIFFERS, SKIPPED}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_microbatches_of_batchnorm_are_held_against_their_like():
     rows = found(plain(model=dict(name=f"{__name__}:Normed")), steps=2, accumulation=(2,))
     assert rows["one device", 2].verdict == REFERENCE and "BatchNorm" in rows["one device", 2].why

@@ -184,7 +184,7 @@ def verdict(tmp_path, monkeypatch, **sections_of):
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_that_changes_with_a_restart_is_found(tmp_path, monkeypatch):
     model = dict(name="starts:Model", hidden=(16,), classes=10)
     found = verdict(tmp_path, monkeypatch, model=model)

@@ -112,7 +112,7 @@ def test_killed_at_many_moments(cloud, workdir, start, whole, tmp_path, topology
 SHORT = ("--config.train.duration=12", "--config.checkpoint.every=6", "--config.train.eval_every=0")
 
 
-@slow
+@nightly
 def test_two_processes(cloud, workdir, start, tmp_path):
     """That they end as on a disk, killed or not, is a nightly test: two more processes that compile."""
     with start(harness.Topology("pair", 2, 1), *SHORT) as group:

@@ -136,7 +136,7 @@ def test_the_whole_life(tmp_path, programs, type, slices, topology):
             [{"do": "say", "saying": "internal", "verb": "queued-resources create", "after": True}],
             marks=pytest.mark.nightly,
         ),
-        (
+        pytest.param(
             5,
             [
                 {"do": "fail", "saying": "capacity", "state": "WAITING_FOR_RESOURCES"},
@@ -144,6 +144,7 @@ def test_the_whole_life(tmp_path, programs, type, slices, topology):
                 {"do": "preempt", "verb": "tpu-vm ssh", "text": "worker.sh install"},
                 {"do": "preempt", "verb": "tpu-vm ssh", "text": "worker.sh start", "after": True, "late": 2},
             ],
+            marks=pytest.mark.nightly,
         ),
         pytest.param(
             1,
