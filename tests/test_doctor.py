@@ -411,12 +411,27 @@ def test_this_host_and_its_share():
 
 
 def test_a_clock_is_compared_with_that_of_process_0(monkeypatch):
-    """What comes back lies within the bound, however long each round takes."""
-    ahead, delays = 5.0, iter([0.02, 0.001, 0.03])
+    """What comes back lies within the bound, however long each round takes: at its edge where all the wait is on one
+    side of the reading. The clock is ours, in eighths of a second: sums of them are exact, so the edge is too."""
+    clock, ahead = [1024.0], 5.0
+    waits = iter([(2.0, 1.0), (0.25, 0.0), (0.0, 0.5)])
+
+    def settle(problem):
+        before, after = next(waits)
+        clock[0] += before
+        yet.append(after)
+
+    def told(now):
+        clock[0] += yet.pop()
+        return now - ahead
+
+    yet: list[float] = []
     monkeypatch.setattr(hosts.peers, "me", lambda: 1)
-    monkeypatch.setattr(hosts.peers, "settle", lambda problem: time.sleep(next(delays)))
-    monkeypatch.setattr(hosts.peers, "told", lambda now: time.time() - ahead)
+    monkeypatch.setattr(hosts.time, "time", lambda: clock[0])
+    monkeypatch.setattr(hosts.peers, "settle", settle)
+    monkeypatch.setattr(hosts.peers, "told", told)
     offset, bound = hosts.clock(rounds=3)
+    assert (offset, bound) == (ahead - 0.125, 0.125)
     assert abs(offset - ahead) <= bound
 
 
