@@ -89,6 +89,7 @@ def flush(workdir: Path) -> None:
 def forsake(workdir: Path) -> None:
     """Copy nothing more to a workdir that another run has taken: what this process has would replace newer files."""
     if (mirror := _OPEN.pop(str(workdir), None)) is not None:
+        mirror.over.set()
         shutil.rmtree(mirror.where, ignore_errors=True)
 
 
@@ -137,6 +138,7 @@ class _Mirror:
 
     def __init__(self, workdir: Path, where: Path) -> None:
         self.workdir, self.where = workdir, where
+        self.over = threading.Event()
         self._copied: dict[str, tuple[int, int]] = {}
         self._lock = threading.RLock()
         self._told = False
@@ -166,10 +168,9 @@ class _Mirror:
                         self._copied[name] = stamp
 
     def keep(self) -> None:
-        """Copy now and then, for ever."""
+        """Copy now and then, till it is over."""
         pause = SOON
-        while True:
-            time.sleep(pause)
+        while not self.over.wait(pause):
             begun = time.monotonic()
             self._try("they are copied there when it answers again")
             pause = max(EVERY, 10 * (time.monotonic() - begun))

@@ -7,7 +7,7 @@ import selectors
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 EXPIRED = 124  # the exit code of a command that ran past its limit, as of `timeout`
 GRACE = 5.0  # seconds that a process which must end has for it
@@ -41,17 +41,38 @@ def run(commands: Sequence[Sequence[str]], limit: float, stream: Callable[[str],
     children: list[subprocess.Popen[bytes]] = []
     try:
         for words in commands:
-            children.append(
-                subprocess.Popen(
-                    list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                    process_group=0,
-                )
-            )  # fmt: skip
+            with _uninterrupted():
+                children.append(
+                    subprocess.Popen(
+                        list(words), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                        process_group=0,
+                    )
+                )  # fmt: skip
         said = _listen(children, deadline, stream)
         codes = [_code(child, deadline) for child in children]
     finally:
         _end(children)
     return [Done(code, out, err) for code, (out, err) in zip(codes, said, strict=True)]
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Signals that Python handles are raised at the end: within Popen they would leave a command that nobody knows of.
+
+    They are not blocked, since the command would inherit that.
+    """
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    kept = {number: handler for number, handler in kept.items() if callable(handler)}
+    came: list[int] = []
+    try:
+        for listened in kept:
+            signal.signal(listened, lambda number, _: came.append(number))
+        yield
+    finally:
+        for listened, handler in kept.items():
+            signal.signal(listened, handler)
+        for number in came:
+            signal.raise_signal(number)
 
 
 def _listen(

@@ -24,7 +24,8 @@ from flaxmodels.runtime.exits import FaultError
 
 EVERY, DEAD = 5.0, 30.0  # seconds between two renewals; without one, till the owner counts as dead
 LOOK = 1.0  # seconds between two looks at another's lock
-_HELD = dict[str, "_Lease"]()  # token -> the lease, of this process
+_HELD = list["_Lease"]()  # by this process
+_TOKENS = set[str]()  # of locks that this process holds, or is about to
 
 
 @contextlib.contextmanager
@@ -42,21 +43,30 @@ def held(file: Path) -> Iterator[str]:
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "boot": _boot(), "token": token}
     data = json.dumps(owner).encode()
-    with answered(file.parent):
-        generation = _taken(file, data)
-    lease = _Lease(file, data, generation)
-    _HELD[token] = lease
-    thread = threading.Thread(target=lease.keep, name="lock", daemon=True)
-    thread.start()
+    _TOKENS.add(token)  # before the lock is there: another thread may look at it at once
     try:
         with answered(file.parent):
+            generation = _taken(file, data)
+        with _renewed(_Lease(file, data, generation)), answered(file.parent):
             yield f"lock: {file}, renewed every {EVERY:g} s, keeps out other runs"
+    finally:
+        _TOKENS.remove(token)
+
+
+@contextlib.contextmanager
+def _renewed(lease: "_Lease") -> Iterator[None]:
+    """Renew a lock that is held, and let go of it at the end."""
+    thread = threading.Thread(target=lease.keep, name="lock", daemon=True)
+    _HELD.append(lease)
+    thread.start()
+    try:
+        yield
     finally:
         lease.over.set()
         thread.join(DEAD)  # storage may not answer
-        del _HELD[token]
+        _HELD.remove(lease)
         with contextlib.suppress(OSError):
-            storage.objects(file).unlink(missing_ok=True, generation=lease.generation)
+            storage.objects(lease.file).unlink(missing_ok=True, generation=lease.generation)
 
 
 def confirm(workdir: Path) -> None:
@@ -65,7 +75,7 @@ def confirm(workdir: Path) -> None:
     Raises:
       OSError: the bucket does not answer.
     """
-    for lease in [*_HELD.values()]:
+    for lease in [*_HELD]:
         if lease.file.parent == workdir:
             lease.confirm()
 
@@ -117,7 +127,7 @@ def _gone(there: bytes) -> bool:
         if (owner["host"], owner["boot"]) != (socket.gethostname(), _boot()):
             return False
         if int(owner["pid"]) == os.getpid():  # a container counts its processes anew
-            return owner["token"] not in _HELD
+            return owner["token"] not in _TOKENS
         try:
             os.kill(int(owner["pid"]), 0)
         except ProcessLookupError:

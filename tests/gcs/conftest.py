@@ -62,11 +62,21 @@ def workdir(cloud, request):
 
 
 @pytest.fixture
-def impatient(monkeypatch):
-    """Requests are made again at once, and for a moment only."""
+def hasty(monkeypatch):
+    """Requests are made again at once."""
     from flaxmodels import buckets
 
     monkeypatch.setattr(buckets, "FIRST", 0.001)
+    buckets._retry.cache_clear()
+    yield
+    buckets._retry.cache_clear()
+
+
+@pytest.fixture
+def impatient(hasty, monkeypatch):
+    """And for a moment only: for tests in which no answer comes."""
+    from flaxmodels import buckets
+
     monkeypatch.setattr(buckets, "PATIENCE", 0.2)
     buckets._retry.cache_clear()
     yield

@@ -91,7 +91,7 @@ def test_a_write_can_be_bound_to_what_is_there(workdir):
 
 
 @pytest.mark.parametrize("what", [503, 429, "cut"])
-def test_a_storage_that_is_busy_is_asked_again(workdir, cloud, what, impatient):
+def test_a_storage_that_is_busy_is_asked_again(workdir, cloud, what, hasty):
     cloud.faults.append(Fault(f"write {workdir.name}", what, times=2))
     (workdir / "one").write_bytes(b"1")
     cloud.faults.append(Fault(f"(read|list|delete) {workdir.name}", 503, times=2))
@@ -100,7 +100,7 @@ def test_a_storage_that_is_busy_is_asked_again(workdir, cloud, what, impatient):
     assert not cloud.objects("bucket", workdir.name)
 
 
-def test_a_read_that_is_cut_off_goes_on(workdir, cloud, impatient):
+def test_a_read_that_is_cut_off_goes_on(workdir, cloud, hasty):
     data = bytes(range(256)) * 5000
     (workdir / "one").write_bytes(data)
     described = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
