@@ -13,6 +13,7 @@ from flaxmodels import fitting, storage
 from flaxmodels.fitting import Leaf
 from flaxmodels.paths import path_of
 from flaxmodels.registry import UserError
+from flaxmodels.runtime.lease import answered
 
 # Item of a step -> what its paths begin with.
 ITEMS = {"params": "params/", "rest": ""}
@@ -25,6 +26,7 @@ def tree(folder: Path) -> dict[str, Leaf]:
 
     Raises:
       UserError: the folder is not that of a step, or can't be read.
+      FaultError: its bucket does not answer.
     """
     found: dict[str, Leaf] = {}
     for item, prefix in ITEMS.items():
@@ -94,6 +96,11 @@ def _restored(folder: Path, item: str, args: ocp.args.PyTreeRestore) -> Any:
 
 
 def _damaged(folder: Path, error: Exception) -> UserError:
+    """What is wrong with a step that can't be read. Raises FaultError where its bucket does not answer, which is no
+    damage: what Orbax says of both is the same kind of error.
+    """
+    with answered(folder.parent.parent):
+        folder.exists()
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
         f"step {folder.name} in {str(folder.parent)!r} can't be read: {said[:300]}\n"

@@ -168,6 +168,21 @@ def test_a_storage_that_does_not_answer_is_no_damage(workdir, cloud, impatient):
         assert checkpoints.good() == 4 and disk.committed(folder) == [4]
 
 
+def test_a_storage_that_does_not_answer_is_no_damage_to_who_looks_at_a_step(workdir, cloud, impatient, monkeypatch):
+    """TensorStore asks for minutes before it says the same: here it gives up at once."""
+
+    def given_up(handler, where):
+        raise ValueError(f"UNAVAILABLE: {where}")
+
+    fill(workdir / "checkpoints", [4]).close()
+    monkeypatch.setattr(stored.ocp.PyTreeCheckpointHandler, "metadata", given_up)
+    with pytest.raises(UserError, match=r"step 4 in 'gs://.*/checkpoints' can't be read: UNAVAILABLE"):
+        stored.tree(workdir / "checkpoints" / "4")
+    cloud.faults.append(Fault("stat|list", 503))
+    with pytest.raises(FaultError, match=f"{workdir}: gs://bucket does not answer as it should"):
+        stored.tree(workdir / "checkpoints" / "4")
+
+
 def test_a_step_cut_off_by_a_kill_is_set_aside(workdir, cloud):
     folder = workdir / "checkpoints"
     fill(folder, [4, 8]).close()
