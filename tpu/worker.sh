@@ -250,7 +250,8 @@ keep() {
   env --default-signal=INT,QUIT,TERM "FLAXMODELS_ATTEMPT=$root/$n/" sh "$root/worker.sh" become "$n" "$@"
   ended=$?
   (sweep "$n")
-  kill -KILL -- "-$copier" 2>/dev/null || kill -KILL "$copier" 2>/dev/null
+  # Its whole session: `timeout` leaves its group, and a copy that began before must not end after the last one.
+  pkill -KILL -s "$copier" 2>/dev/null || kill -KILL "$copier" 2>/dev/null
   echo "launcher: attempt $n ended with exit code $ended, $(date -u +%FT%T.%3NZ)"
   store "$log" "$workdir/logs/attempt-$n/worker-$me.log"
   printf '%-40s\n' "$ended" 1<>"$root/attempt-$n.code.part" && mv "$root/attempt-$n.code.part" "$root/attempt-$n.code"
@@ -263,7 +264,7 @@ become() {
   exec "$@"
 }
 
-# Internal: copy a log that grows, till the group of this process is killed or its parent is gone.
+# Internal: copy a log that grows, till the session of this process is killed or its parent is gone.
 copy() {
   me=$1 log=$2 keeper=$PPID size=0
   while sleep "$COPY_SECONDS" && [ -d "/proc/$keeper" ]; do

@@ -150,7 +150,7 @@ class Cloud:
         self._kill(lambda: list(self.processes()))
 
     def _kill(self, which: Callable[[], list[int]]) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while numbers := which():
             assert time.monotonic() < deadline, self.processes()
             for number in numbers:

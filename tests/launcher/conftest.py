@@ -1,4 +1,4 @@
-"""Fixtures of the launcher's tests: a cloud that ends with its test, and the run that nothing happened to."""
+"""Fixtures of the launcher's tests: a cloud that ends with its test, its `gcloud`, and its buckets."""
 
 import os
 
@@ -7,7 +7,7 @@ from cloud import ROOT, Cloud
 from faults import harness
 
 # pytest knows one module `conftest`: what other tests import from tests/conftest.py is found here too.
-__all__ = ["ROOT", "cloud", "fake_cloud", "programs"]
+__all__ = ["ROOT", "bucket", "cloud", "fake_cloud", "gcloud", "programs"]
 
 
 @pytest.fixture
@@ -24,6 +24,30 @@ def fake_cloud(cloud, monkeypatch):
     monkeypatch.setenv("FAKE_CLOUD", str(cloud.folder))
     monkeypatch.setenv("FAKE_PYTHON", os.environ.get("FAKE_PYTHON", cloud.env["FAKE_PYTHON"]))
     return cloud
+
+
+@pytest.fixture
+def gcloud(fake_cloud, capfd):
+    """gcloud(words): (exit code, standard output, standard error), in this process."""
+    from fake import service
+
+    def run(*words):
+        capfd.readouterr()
+        code = service.main(list(words))
+        return (code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def bucket():
+    """A server with a bucket "bucket", of an account that may use its objects and not look at the bucket itself."""
+    pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+    from gcs import fake_gcs
+
+    with fake_gcs.serving("bucket") as server:
+        server.faults[:] = [fake_gcs.Fault("^GET bucket", 403)]
+        yield server
 
 
 @pytest.fixture(scope="session")

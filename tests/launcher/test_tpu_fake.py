@@ -8,7 +8,8 @@ import time
 
 import pytest
 from cloud import ROOT, Cloud
-from fake import documented, faults, hosts, lifecycle, sayings, service, store
+from fake import documented, faults, hosts, lifecycle, sayings, store
+from faults import harness
 
 from tpu import gcloud as commands
 from tpu.settings import Settings
@@ -18,18 +19,6 @@ QUEUED, NODES = ("compute", "tpus", "queued-resources"), ("compute", "tpus", "tp
 CREATE = (*QUEUED, "create", "a", *PLACE, "--accelerator-type=v5p-16", "--runtime-version=r", "--node-id=a", "--spot")
 DESCRIBE = (*QUEUED, "describe", "a", *PLACE, "--format=json")
 DELETE = (*QUEUED, "delete", "a", *PLACE, "--quiet", "--force")
-
-
-@pytest.fixture
-def gcloud(fake_cloud, capfd):
-    """gcloud(words): (exit code, standard output, standard error), in this process."""
-
-    def run(*words):
-        capfd.readouterr()
-        code = service.main(list(words))
-        return (code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -234,9 +223,14 @@ def living(cloud):
 SLEEPER = "exec -a --workdir=x sleep 1000 >/dev/null 2>&1 & disown"
 
 
-def test_processes_outlive_ssh_and_die_with_their_host(gcloud, machine, fake_cloud):
+def asleep(gcloud, cloud):
+    """Start a process on each host. For a moment, while it becomes another program, it has no environment."""
     assert gcloud(*ssh(f"({SLEEPER})"))[0] == 0
-    assert living(fake_cloud) == {0: 1, 1: 1}
+    assert harness.wait_for(lambda: living(cloud) == {0: 1, 1: 1}, 60)
+
+
+def test_processes_outlive_ssh_and_die_with_their_host(gcloud, machine, fake_cloud):
+    asleep(gcloud, fake_cloud)
     fake_cloud.plan({"do": "kill", "host": 1, "verb": "queued-resources describe"})
     assert state_of(gcloud) == "ACTIVE" and living(fake_cloud) == {0: 1, 1: 0}
     fake_cloud.plan({"do": "preempt", "verb": "queued-resources describe"})
@@ -246,7 +240,7 @@ def test_processes_outlive_ssh_and_die_with_their_host(gcloud, machine, fake_clo
 
 @pytest.mark.parametrize("flags", [(), ("--async",)])
 def test_processes_die_with_their_machine(gcloud, machine, fake_cloud, flags):
-    assert gcloud(*ssh(f"({SLEEPER})"))[0] == 0
+    asleep(gcloud, fake_cloud)
     assert gcloud(*DELETE, *flags)[0] == 0
     assert fake_cloud.processes() == {}
 
@@ -255,8 +249,7 @@ def test_a_notice_comes_before_the_end(gcloud, machine, fake_cloud, tmp_path):
     said = tmp_path / "said"
     script = f'trap "echo $TPU_WORKER_ID >>{said}; exit" TERM; echo up >>{said}; while :; do sleep 0.01; done'
     assert gcloud(*ssh(f"setsid sh -c '{script}' >/dev/null 2>&1 &"))[0] == 0
-    while not said.exists() or len(said.read_text().split()) < 2:
-        time.sleep(0.01)
+    assert harness.wait_for(lambda: said.exists() and len(said.read_text().split()) == 2, 60)
     fake_cloud.plan({"do": "preempt", "verb": "queued-resources describe", "notice": 5})
     assert state_of(gcloud) == "SUSPENDING"
     assert sorted(said.read_text().split()) == ["0", "1", "up", "up"] and fake_cloud.processes() == {}
@@ -264,12 +257,12 @@ def test_a_notice_comes_before_the_end(gcloud, machine, fake_cloud, tmp_path):
 
 def test_a_step_of_the_run_is_seen_at_once(gcloud, machine, fake_cloud, tmp_path):
     fake_cloud.plan({"do": "kill", "host": 0, "step": 4}, {"do": "preempt", "step": 8}, workdir=str(tmp_path / "run"))
-    assert gcloud(*ssh(f"({SLEEPER})"))[0] == 0
+    asleep(gcloud, fake_cloud)
     for step, wanted in ((3, {0: 1, 1: 1}), (5, {0: 0, 1: 1}), (8, {0: 0, 1: 0})):
         manifest = tmp_path / f"run/checkpoints/{step}/MANIFEST.json"
         manifest.parent.mkdir(parents=True)
         manifest.touch()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while living(fake_cloud) != wanted or (step == 8 and fake_cloud.processes()):
             assert time.monotonic() < deadline, (step, living(fake_cloud), fake_cloud.processes())
             time.sleep(0.01)
@@ -285,7 +278,7 @@ def test_a_command_is_on_path_and_recorded(cloud):
 
 def test_nothing_is_left_when_a_test_ends(cloud):
     with subprocess.Popen(["sleep", "1000"], env=cloud.env, start_new_session=True):
-        assert len(cloud.processes()) == 1
+        assert harness.wait_for(lambda: len(cloud.processes()) == 1, 60)
         cloud.close()
     assert cloud.processes() == {}
 
@@ -293,7 +286,7 @@ def test_nothing_is_left_when_a_test_ends(cloud):
 def test_machines_of_two_clouds_are_not_mistaken(gcloud, machine, fake_cloud, monkeypatch, tmp_path):
     (tmp_path / "other").mkdir()
     other = Cloud.at(tmp_path / "other")
-    assert gcloud(*ssh(f"({SLEEPER})"))[0] == 0
+    asleep(gcloud, fake_cloud)
     monkeypatch.setenv("FAKE_CLOUD", str(other.folder))
     assert gcloud(*CREATE)[0] == gcloud(*DELETE)[0] == 0
     assert living(fake_cloud) == {0: 1, 1: 1} and other.processes() == {}

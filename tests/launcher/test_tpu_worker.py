@@ -53,7 +53,8 @@ print("file", pathlib.Path("kept.txt").read_text().strip(), pathlib.Path("new.tx
 while not came and not (home / "end").exists():
     time.sleep(0.02)
 if came:
-    time.sleep(0.5)
+    while (home / "hold").exists():
+        time.sleep(0.02)
     print("saved", flush=True)
     sys.exit(143)
 sys.exit(int((home / "end").read_text()))
@@ -106,9 +107,14 @@ class Machine:
     def start(self, attempt: int = 1, *words: str) -> str:
         return self.said(remote.start(replace(self.s, command=("python", "train.py", *words)), attempt))
 
-    def end(self, code: int) -> None:
+    def finish(self, code: int) -> None:
+        """Have the training end with a code, which it finds whole or not at all."""
         wait((self.home / "ready").exists)
-        (self.home / "end").write_text(str(code))
+        (self.home / "end.part").write_text(str(code))
+        (self.home / "end.part").replace(self.home / "end")
+
+    def end(self, code: int) -> None:
+        self.finish(code)
         wait(lambda: self.state().what != "running")
         (self.home / "end").unlink()
         (self.home / "ready").unlink()
@@ -238,8 +244,13 @@ def test_what_uv_says_is_shown_and_the_next_try_installs(machine):
 
 def test_uv_is_installed_where_it_is_not_there(machine):
     (machine.root / "installed").unlink()
-    bin = machine.home.parent / "bin"
+    bin, tools = machine.home.parent / "bin", machine.home.parent / "tools"
     (bin / "uv").rename(bin / "uv.real")
+    tools.mkdir()
+    for file in (file for folder in ("/usr/local/bin", "/usr/bin", "/bin") for file in Path(folder).iterdir()):
+        if file.name != "uv" and not (tools / file.name).is_symlink():  # this computer may have one
+            (tools / file.name).symlink_to(file)
+    machine.environment["PATH"] = f"{bin}:{tools}"
     (bin / "python3").write_text(
         f'#!/bin/sh\necho "$*" >"$HOME/pip.log"\nmkdir -p "$HOME/.local/bin"\ncp {bin}/uv.real "$HOME/.local/bin/uv"\n'
     )
@@ -261,7 +272,7 @@ def test_a_training_runs_on_when_ssh_dies_and_is_never_started_twice(machine):
     assert "attempt 1 is not started: attempt 1 was before (it is running)" in machine.start(1)
     assert machine.processes() == running and len(running) == 1
     assert os.getsid(running[0]) != os.getsid(0)
-    (machine.home / "end").write_text("0")
+    machine.finish(0)
     wait(lambda: machine.state().what == "ended")
     assert machine.state() == remote.Worker(0, "ended", 1, 0, machine.parcel.sha)
 
@@ -340,18 +351,22 @@ def test_a_training_whose_keeper_was_killed_still_runs(machine):
     (keeper,) = machine.processes("FLAXMODELS_KEEPER")
     os.kill(keeper, signal.SIGKILL)
     assert machine.state().what == "running"
-    (machine.home / "end").write_text("0")
+    machine.finish(0)
     wait(lambda: machine.state().what == "dead")
 
 
 def test_stop_signals_once_and_waits_till_it_is_saved(machine):
     machine.start(1, "worker")
     wait((machine.home / "ready").exists)
-    first = machine.session(remote.stop(machine.s, 30))
+    (machine.home / "hold").touch()
+    first = machine.session(remote.stop(machine.s, 60))
     wait((machine.home / "signals").exists)
     os.killpg(first.pid, signal.SIGKILL)  # and who stops it starts anew
     assert first.wait(WAIT) < 0
-    for ask in [machine.session(remote.stop(machine.s, 30)) for _ in range(2)]:
+    asked = [machine.session(remote.stop(machine.s, 60)) for _ in range(2)]
+    time.sleep(0.5)  # what they would do wrong they do now
+    (machine.home / "hold").unlink()
+    for ask in asked:
         assert ask.wait(WAIT) == 0
     assert (machine.home / "signals").read_text() == "1"
     assert machine.state() == remote.Worker(0, "ended", 1, 143, machine.parcel.sha)
@@ -419,6 +434,29 @@ def test_logs_go_to_a_bucket_through_gcloud(machine):
     assert set((machine.home / "gcloud.log").read_text().splitlines()) == {copy}
 
 
+LATE = """#!/bin/sh
+if [ ! -e "$HOME/first" ]; then
+  echo "$$" >"$HOME/first"
+  exec sleep 600
+fi
+runs() { [ -n "$(tr -d '\\0' 2>/dev/null <"/proc/$(cat "$HOME/first")/cmdline")" ]; }
+for i in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do runs && sleep 0.5; done
+runs && echo runs >"$HOME/last" || echo ended >"$HOME/last"
+"""
+
+
+def test_a_copy_that_takes_long_does_not_outlive_the_attempt(machine):
+    """It would put into the bucket what is older than the last copy, and after that."""
+    gcloud = machine.home.parent / "bin" / "gcloud"
+    gcloud.write_text(LATE)
+    gcloud.chmod(0o755)
+    machine.s = replace(machine.s, bucket="gs://b")
+    machine.start()
+    wait((machine.home / "first").exists)
+    machine.end(0)
+    assert (machine.home / "last").read_text() == "ended\n"
+
+
 def test_log_and_follow_have_the_workers_name(machine):
     machine.start()
     wait((machine.home / "ready").exists)
@@ -426,7 +464,7 @@ def test_log_and_follow_have_the_workers_name(machine):
     assert text == "worker 0: file changed True" and remote.parse(state, 1)[0].what == "running"
     with machine.session(remote.follow(machine.s), stdout=subprocess.PIPE) as follow:
         assert b"attempt 1 begins" in follow.stdout.readline()
-        (machine.home / "end").write_text("7")
+        machine.finish(7)
         rest = follow.stdout.read().decode()
     assert "worker 0: launcher: attempt 1 ended with exit code 7" in rest
     assert remote.parse(rest, 1)[0].code == 7
@@ -463,6 +501,7 @@ def test_who_else_holds_the_tpu_is_named(machine):
         (machine.home.parent / "bin" / name).chmod(0o755)
     with (devices / "accel0").open() as held:
         holder = machine.session("exec sleep 600", pass_fds=[held.fileno()])
+        wait(lambda: Path(f"/proc/{holder.pid}/cmdline").read_bytes().startswith(b"sleep"))
     done = machine.ask(remote.start(machine.s, 1))
     assert done.returncode == 1
     expected = f"process {holder.pid} holds the TPU (sleep 600 ): end it with `kill {holder.pid}`"

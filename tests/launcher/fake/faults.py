@@ -4,6 +4,7 @@
     {"do": "say", "saying": "internal", "verb": "queued-resources create", "after": true}  it was done all the same
     {"do": "mute", "worker": 1, "verb": "tpu-vm ssh", "text": "state", "nth": 3}            ssh to this host fails
     {"do": "sleep", "seconds": 2, "verb": "queued-resources describe"}
+    {"do": "say", "saying": "bucket", "verb": "storage ls"}             which is of no zone, and no machine's
     {"do": "preempt", "step": 12}                          when a checkpoint of this step or a later one is committed,
     {"do": "kill", "host": 1, "step": 30}                  and the run is under way; hosts of all slices are counted
     {"do": "preempt", "state": "PROVISIONING", "late": 1}  when it is in this state; told a poll later

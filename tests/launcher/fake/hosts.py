@@ -41,9 +41,12 @@ def kill(uid, host="", notice=0.0):
         deadline = time.monotonic() + notice
         while time.monotonic() < deadline and _alive(uid, host):
             time.sleep(0.02)
-    while numbers := _alive(uid, host):
+    gone = 0
+    while gone < 2:  # looks, since a process that becomes another program has no environment for a moment
+        numbers = _alive(uid, host)
         for number in numbers:
             _signal(number, signal.SIGKILL)
+        gone = 0 if numbers else gone + 1
         time.sleep(0.005)
 
 

@@ -41,6 +41,11 @@ Limit: 0 in region {zone}.""",
     "permission": """\
 ERROR: ({command}) PERMISSION_DENIED: Permission denied on 'locations/{zone}' (or it may not exist). This command is \
 authenticated as somebody@example.com which is the active account specified by the [core/account] property.""",
+    # https://github.com/substratusai/runbooks/issues/31, for another verb; `name` is the bucket's
+    "bucket": """\
+ERROR: ({command}) [somebody@example.com] does not have permission to access b instance [{name}] (or it may not \
+exist): somebody@example.com does not have storage.objects.list access to the Google Cloud Storage bucket. Permission \
+'storage.objects.list' denied on resource (or it may not exist).""",
     # https://cloud.google.com/apis/docs/troubleshooting
     "disabled": """\
 ERROR: ({command}) PERMISSION_DENIED: Cloud TPU API has not been used in project {project} before or it is disabled. \

@@ -33,8 +33,8 @@ def main(words):
 
 def _run(number, words):
     command = documented.parse(words)
-    if command.name.startswith("storage"):
-        raise documented.UsageError(f"({command.dotted}) the fake cloud has no buckets: say a folder for --bucket")
+    if command.name.startswith("storage "):
+        return _storage(command, number, words)
     zone, project = command.flags.get("--zone", ""), command.flags.get("--project", "")
     if not zone or not project:  # gcloud takes them from its configuration; the launcher must not rely on that
         missing = "--zone" if not zone else "--project"
@@ -43,23 +43,47 @@ def _run(number, words):
     name = command.words[-1].partition(":")[0].rpartition("@")[2] if command.words else ""
     fields = {"command": command.dotted, "project": project, "zone": zone, "name": name, "number": number, "kind": kind}
     fields["type"] = command.flags.get("--accelerator-type")
-    with store.opened() as state:
-        mine = faults.of_command(state, command, words, zone)
-    for fault in mine:
-        time.sleep(fault.get("seconds", 0))
-    spoken = [fault for fault in mine if fault["do"] == "say"]
-    before = [fault for fault in spoken if not fault.get("after")]
-    if before:
-        raise RefusedError(sayings.said(before[0]["saying"], **fields))
+    mine = _met(command, words, fields)
     _befall(fields, [fault for fault in mine if not fault.get("after")])
     silent = {fault["worker"] for fault in mine if fault["do"] == "mute"}
     code, output = VERBS[command.name.removeprefix("compute tpus ")](command, fields, silent)
     _befall(fields, [fault for fault in mine if fault.get("after")])
-    if spoken:
-        raise RefusedError(sayings.said(spoken[0]["saying"], **fields))
+    _speak(mine, fields, after=True)
     if output is not None:
         _print(command, output)
     return code
+
+
+def _storage(command, number, words):
+    """A command on buckets: it is of no zone, and of all faults only `say` and `sleep` happen to it."""
+    from fake import storage  # takes a while to import, and most commands need none
+
+    bucket = command.words[-1].removeprefix(storage.SCHEME).partition("/")[0] if command.words else ""
+    fields = dict.fromkeys(("project", "zone", "kind", "type"), "")
+    fields |= {"command": command.dotted, "name": bucket, "number": number}
+    mine = _met(command, words, fields)
+    try:
+        code = storage.run(command)
+    except storage.StorageError as error:
+        raise RefusedError(f"ERROR: ({command.dotted}) {error}") from error
+    _speak(mine, fields, after=True)
+    return code
+
+
+def _met(command, words, fields):
+    """The faults that happen to a command; it waits, and is refused, where they say so."""
+    with store.opened() as state:
+        mine = faults.of_command(state, command, words, fields["zone"])
+    for fault in mine:
+        time.sleep(fault.get("seconds", 0))
+    _speak(mine, fields, after=False)
+    return mine
+
+
+def _speak(mine, fields, *, after):
+    for fault in mine:
+        if fault["do"] == "say" and bool(fault.get("after")) == after:
+            raise RefusedError(sayings.said(fault["saying"], **fields))
 
 
 def _befall(fields, mine):

@@ -23,7 +23,7 @@ def environment(resource, node, worker):
     slices = len(resource["nodes"])
     told = {"MEGASCALE_SLICE_ID": str(node), "MEGASCALE_NUM_SLICES": str(slices)} if slices > 1 else {}
     return {
-        "PATH": f"{HERE / 'host'}:/usr/local/bin:/usr/bin:/bin",
+        "PATH": f"{HERE / 'host'}:{HERE / 'bin'}:/usr/local/bin:/usr/bin:/bin",  # the second has its `gcloud`
         "HOME": str(home(resource, node, worker)),
         "USER": "somebody",
         "LANG": "C.UTF-8",

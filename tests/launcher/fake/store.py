@@ -1,7 +1,7 @@
 """The state of a fake cloud: a file, a lock, and a record of every command.
 
 plan.json       what is to happen: "faults" (see faults.py), "polls" (state -> polls that it lasts), "host"
-                (variables of each host), "workdir" (where checkpoints are seen)
+                (variables of each host), "workdir" (where checkpoints are seen: a folder, or gs://...)
 state.json      what is
 commands.jsonl  a line for each command as it begins, and one as it ends
 hosts/          the homes of the hosts
@@ -60,6 +60,10 @@ def record(**line):
 
 def newest_step():
     """The newest committed checkpoint of the run; 0 where there is none."""
-    workdir = plan().get("workdir")
+    workdir = plan().get("workdir", "")
+    if workdir.startswith("gs://"):
+        from fake import storage  # takes a while to import, and few need it
+
+        return max(storage.steps(workdir), default=0)
     found = Path(workdir).glob("checkpoints/*/MANIFEST.json") if workdir else ()
     return max((int(file.parent.name) for file in found if file.parent.name.isdecimal()), default=0)
