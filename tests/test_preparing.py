@@ -281,7 +281,7 @@ preparing._BATCH = corpus._READ = 2**10
 try:
     preparing.prepare_source(name, options, sys.argv[5], sys.stdout, 4096)
 except preparing.StoppedError as error:
-    assert time.monotonic() - sent[0] < 5
+    assert time.monotonic() - sent[0] < 30  # where it is to be stopped while it learns, that takes 60
     print(error)
     sys.exit(128 + error.signal)
 """
@@ -301,7 +301,7 @@ def test_a_signal_stops_it_soon(tmp_path, run, lines, what, said):
     """Whatever it is at; and the same call ends with the bytes of one that was never stopped."""
     number = signal.SIGINT
     options = {**lines, "tokens": "bpe", "vocab_size": 300}
-    done = run("-c", STOPPED, what, int(number), "lines", json.dumps(options), tmp_path / "out", timeout=60)
+    done = run("-c", STOPPED, what, int(number), "lines", json.dumps(options), tmp_path / "out", timeout=120)
     assert done.returncode == 128 + number and done.stderr == "", done.stderr
     last = done.stdout.splitlines()[-1]
     assert re.fullmatch(rf"{number.name}: stopped while {what}, {said}\.", last)
@@ -328,7 +328,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from flaxmodels.data import preparing, token_files, token_folder
 from flaxmodels.registry import UserError
-path, to, seed, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+path, to, seed, length, whole = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5]
 random.seed(seed)
 kills = 0
 while True:
@@ -346,9 +346,11 @@ while True:
     kills += 1
     try:
         token_files.tokens(to)
-        sys.exit("a folder that is not finished was read")
     except UserError:
-        pass
+        continue
+    # The kill came when all was done, but for tidying up.
+    if Path(to, "manifest.json").read_bytes() != Path(whole, "manifest.json").read_bytes():
+        sys.exit("a folder that is not finished was read")
 print(kills)
 """
 
@@ -362,7 +364,7 @@ def test_killed_at_random_moments_it_goes_on(tmp_path):
     kills = 0
     for seed in range(3):
         folder = tmp_path / f"out{seed}"
-        command = [sys.executable, "-c", KILLED, path, folder, seed, 0.2]
+        command = [sys.executable, "-c", KILLED, path, folder, seed, 0.2, tmp_path / "whole"]
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         kills += int(done.stdout)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import small
 from conftest import ROOT
+from faults.harness import free_port
 
 from flaxmodels.checkpoint import Checkpoints
 from flaxmodels.config import load_config
@@ -62,8 +62,10 @@ with distributed.joined(flags.arguments) as first:
 FAIL = """
 import sys
 from flaxmodels import config, loop
-from flaxmodels.runtime import distributed, exits
+from flaxmodels.runtime import distributed, exits, peers
 distributed.GRACE = 1.0
+waits = peers.leave_with_error
+peers.leave_with_error = lambda limit: waits(30 * limit)  # on a busy machine the other takes longer to notice
 flags = config.parse(config.train_parser("fail"), sys.argv[1:])
 after = loop.Run.after
 def failing(self, state, step, packed):
@@ -77,12 +79,6 @@ def main():
         return loop.fit(flags.config, flags.workdir).exit_code
 sys.exit(exits.reported(main, debug=False))
 """
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -113,7 +109,7 @@ def started(count, devices, *command, each=lambda rank: [], cache=""):
             process.communicate()
 
 
-def ended(processes, timeout=120):
+def ended(processes, timeout=300):
     """(exit codes, what each said, what each said on stderr)."""
     deadline = time.monotonic() + timeout
     said = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in processes]
@@ -135,7 +131,7 @@ def test_two_processes_are_one(placement):
         subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), str(port), placement], **options) for rank in (0, 1)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in both]
+        said = [process.communicate(timeout=300) for process in both]
     finally:
         for process in both:
             process.kill()
@@ -180,11 +176,14 @@ def test_a_run_moves_between_processes(tmp_path, config_file):
     command = ["train.py", f"--config={config_file}"]
     with started(1, 8, *command, f"--workdir={whole}", cache=tmp_path / "cache") as processes:
         assert ended(processes)[0] == [0]
-    with started(2, 4, *command, f"--workdir={moved}") as processes:
-        deadline = time.monotonic() + 120
+    sent = tmp_path / "sent"
+    held = ["tests/faults/held.py", 12, sent, *command[1:]]  # it can't end before the signal
+    with started(2, 4, *held, f"--workdir={moved}") as processes:
+        deadline = time.monotonic() + 300
         while len(logged(moved)) < 4 and all(p.poll() is None for p in processes) and time.monotonic() < deadline:
             time.sleep(0.002)
         processes[1].send_signal(signal.SIGTERM)
+        sent.touch()
         codes, outs, errors = ended(processes)
     assert codes == [143, 143], errors
     stopped = int(re.search(r"SIGTERM: saved step (\d+) of 60;", outs[0])[1])

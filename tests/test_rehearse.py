@@ -16,6 +16,7 @@ from conftest import ROOT
 from flaxmodels.registry import UserError
 from flaxmodels.runtime.exits import FaultError
 from flaxmodels.verify import actor, rehearse
+from flaxmodels.verify import crew as crews
 from flaxmodels.verify.crew import Crew
 
 PRELUDE = """
@@ -41,9 +42,35 @@ def crew(tmp_path, *endings):
     return Crew(commands, tmp_path / "crew", dict(os.environ))
 
 
+def until(condition):
+    """Wait for it, however slow the machine is."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ready(started):
+    """Wait till all processes stand where their endings put them: in phase "two", after it, or stopped."""
+    for number, pid in enumerate(started.pids):
+        ending = Path(started._commands[number][2]).read_text().removeprefix(PRELUDE)
+        until(lambda number=number: any(line["phase"] == "two" for line in started.reports(number)))
+        if ending == FINISHES:
+            until(lambda number=number: "found" in started.reports(number)[-1])
+        if "SIGSTOP" in ending:
+            until(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """A process may take its time to say where it stands, and to end."""
+    monkeypatch.setattr(crews, "ANSWER", 60.0)
+    monkeypatch.setattr(crews, "GRACE", 60.0)
+
+
 def gone(pids):
     """Whether no such process is left."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (left := any(Path(f"/proc/{pid}").exists() for pid in pids)) and time.monotonic() < deadline:
         time.sleep(0.05)
     return not left
@@ -56,9 +83,10 @@ def test_what_each_found_comes_in_order(tmp_path):
         started.end(60)
 
 
+@pytest.mark.usefixtures("patient")
 def test_the_late_one_is_named_and_all_are_killed(tmp_path):
     with crew(tmp_path, "time.sleep(600)  # waits", "print('my words')\ntime.sleep(600)", FINISHES) as started:
-        started.wait("one", 60)
+        ready(started)
         with pytest.raises(FaultError) as error:
             started.wait("two", 0.5)
         pids = started.pids
@@ -68,22 +96,25 @@ def test_the_late_one_is_named_and_all_are_killed(tmp_path):
     assert gone(pids)
 
 
+@pytest.mark.usefixtures("patient")
 def test_where_all_wait_all_are_named(tmp_path):
     with crew(tmp_path, "time.sleep(600)  # waits", "time.sleep(600)  # waits") as started:
-        started.wait("one", 60)
+        ready(started)
         with pytest.raises(FaultError, match=r"(?s)process 0 of 2 .* is late.*process 1 of 2 .* is late"):
             started.wait("two", 0.2)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_stopped_one_is_named(tmp_path):
     with crew(tmp_path, "time.sleep(600)  # waits", "os.kill(os.getpid(), signal.SIGSTOP)") as started:
-        started.wait("one", 60)
+        ready(started)
         with pytest.raises(FaultError, match=r"process 1 of 2 .*: it is stopped\nwaiting for it: process 0"):
             started.wait("two", 0.5)
         pids = started.pids
     assert gone(pids)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_failed_one_is_named_with_its_last_words(tmp_path):
     words = r"(?s)process 1 of 2 .*in phase 'two'\) left with code 3:\n    last words"
     endings = "time.sleep(0.3); os.abort()", "print('last words'); sys.exit(3)"
@@ -115,7 +146,8 @@ def test_a_process_ends_with_the_one_that_started_it(tmp_path):
     started = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
-        while not (tmp_path / "child.stacks").exists() and time.monotonic() < deadline:
+        file = tmp_path / "child.reports"
+        while not (file.exists() and '"one"' in file.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(started.pid)], capture_output=True, text=True)
         pids = [int(pid) for pid in found.stdout.split()]

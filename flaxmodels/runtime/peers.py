@@ -232,7 +232,11 @@ def _see_off() -> None:
         deadline = time.monotonic() + LAST
         while len(_all("left")) < count() and time.monotonic() < deadline:
             time.sleep(PAUSE)
-        time.sleep(20 * PAUSE)
+        # They print, and their connections close: on a busy machine that takes longer than a moment.
+        beat = pulse.current()
+        deadline = time.monotonic() + (20 * PAUSE if beat is None else LAST)
+        while time.monotonic() < deadline and not (beat and beat.deserted()):
+            time.sleep(PAUSE)
 
 
 def _everyone(key: str, limit: float) -> dict[str, str]:

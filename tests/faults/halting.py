@@ -3,6 +3,8 @@
 HALT is one of: "compile" (XLA takes minutes over the first program), "hang N" (the Nth batch does not come),
 "evaluation" (each batch of one takes its time), "training" (each step does), "raise N" (reading raises at the Nth
 batch), "callback N" (so does a function that the program calls in its Nth step). What it prints says that it got there.
+HALT_TILL names a file: until it is there, "evaluation" gives no batch, and "training" none beyond the 40th; so that a
+test that is late still meets the run there.
 """
 
 import dataclasses
@@ -12,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +32,8 @@ NUMBER = int(os.environ.get("HALT", "").removeprefix(HALT) or 0)
 # XLA folds a sum over windows of as many numbers when it compiles, at a cost of their square: minutes.
 FOLDED = 20_000
 HANGS = 600.0  # seconds
+MOST = 40  # batches
+TILL = Path(os.environ.get("HALT_TILL", os.devnull))
 _counts = {"train": 0, "test": 0, "steps": 0}
 _lock = threading.Lock()
 
@@ -58,9 +63,11 @@ def _read(_: Any, index: np.ndarray, held: dict[str, np.ndarray], of: Any, name:
             _hang()
         if name == "train" and HALT == "training":
             time.sleep(0.1)
+            _held(number > MOST)
         if name == "test" and HALT == "evaluation":
             _say()
             time.sleep(1.0)
+            _held(True)
         if name == "train" and HALT == "raise" and number == NUMBER:
             raise HookError(f"batch {number} is not to my liking")
     return of(held, index)
@@ -89,6 +96,12 @@ def _step(count: Any) -> np.ndarray:
 
 def _say() -> None:
     print(f"HALT {HALT}", file=sys.stderr, flush=True)
+
+
+def _held(there: bool) -> None:
+    deadline = time.monotonic() + HANGS
+    while there and not TILL.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def _hang() -> None:

@@ -18,6 +18,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +34,8 @@ TINY = ROOT / "tests/faults/tiny.py"
 STEPS = 60  # of tiny.py
 PROGRAMS = "FAULTS_PROGRAMS"  # names the folder of compiled programs that all processes share
 FIGURES = "FAULTS_OUT"  # names the file that figures are added to
+PORTS, PARTS = range(10_000, 20_000), 16  # below those that the kernel deals out; a part for each worker of pytest
+_drawn: set[int] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +175,15 @@ def environment(topology: Topology = T1, env: Mapping[str, str] | None = None) -
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return int(free.getsockname()[1])
+    """A port of this machine that nothing listens on, and that nobody draws before a run listens on it."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % PARTS
+    while True:
+        port = random.SystemRandom().choice(PORTS[worker::PARTS])
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("localhost", port))
+            if port not in _drawn:
+                _drawn.add(port)
+                return port
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 300.0, pause: float = 0.005) -> bool:

@@ -168,14 +168,22 @@ def cases(folder, steps, *words):
 
 
 def training(folder, busy, steps, seconds, every, *tracer):
-    """A loop of steps of so many seconds, a save every so many; how long they took, and what was skipped."""
+    """A loop of steps of so many seconds, a save every so many; how long they took, and what was skipped.
 
-    def work(say):
-        say(json.dumps(_trained(Path(folder), busy, int(steps), float(seconds), int(every))))
-
-    code, said = watched(work, tracer, "/dev/null")
-    assert code == 0, said
-    return json.loads(said)
+    In a child that is left alone, "fast", and in one with strace on it, "slow", each in a folder of its own.
+    """
+    found = {}
+    for name, words in {"fast": (), "slow": tracer}.items():
+        code, said = watched(
+            lambda say, name=name: say(
+                json.dumps(_trained(Path(folder, name), busy, int(steps), float(seconds), int(every)))
+            ),
+            words,
+            "/dev/null",
+        )
+        assert code == 0, said
+        found[name] = json.loads(said)
+    return found
 
 
 def _trained(folder, busy, steps, seconds, every):
@@ -211,7 +219,7 @@ if __name__ == "__main__":
     print(json.dumps(roles[sys.argv[1]](*sys.argv[2:])))
 
 
-def program(*words, timeout=120.0):
+def program(*words, timeout=300.0):
     """What this file prints as a program of its own."""
     command = [sys.executable, HERE, *map(str, words)]
     with subprocess.Popen(
@@ -230,13 +238,20 @@ def program(*words, timeout=120.0):
 quick_and_nightly = pytest.mark.parametrize(
     "count", [pytest.param(4, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.nightly)]
 )
+
+
+def drawn(count, least):
+    """The seed of a test: a new one for the nightly tests, which draw many; always the same for those of every day."""
+    return seeds(1, given=1 if count == least else None)
+
+
 traced = pytest.mark.skipif(STRACE is None, reason="strace is not installed")
 
 
 @quick_and_nightly
 def test_f2_killed_in_a_save(tmp_path, figures, count):
-    (seed,) = seeds(1)
-    found = program("kills", tmp_path / "c", count, seed, "save", 0.3, timeout=60 + 4 * count)
+    (seed,) = drawn(count, 4)
+    found = program("kills", tmp_path / "c", count, seed, "save", 0.3, timeout=300 + 4 * count)
     figures("F2", **found)
     assert found | {"inside": 0} == {
         "kills": count, "broken": 0, "lost": 0, "inside": 0, "errors": 0, "orphans": 0
@@ -245,8 +260,8 @@ def test_f2_killed_in_a_save(tmp_path, figures, count):
 
 @quick_and_nightly
 def test_f3_killed_in_a_deletion(tmp_path, figures, count):
-    (seed,) = seeds(1)
-    found = program("kills", tmp_path / "c", count, seed, "delete", 0.004, timeout=60 + 4 * count)
+    (seed,) = drawn(count, 4)
+    found = program("kills", tmp_path / "c", count, seed, "delete", 0.004, timeout=300 + 4 * count)
     figures("F3", **found)
     assert found | {"inside": 0} == {
         "kills": count, "broken": 0, "lost": 0, "inside": 0, "errors": 0, "orphans": 0
@@ -426,7 +441,7 @@ def two_steps(tmp_path_factory):
     ids=lambda x: str(x)[:12],
 )
 def test_f10_f11_f12_damage_is_named(two_steps, figures, row, damage, count):
-    (seed,) = seeds(1)
+    (seed,) = drawn(count, 1)
     rng, injected, detected = random.Random(seed), collections.Counter(), collections.Counter()
     for kind, names in kinds(two_steps / "2").items():
         for _ in range(count if damage is not missing else 1):
@@ -473,7 +488,7 @@ def test_f12_a_whole_folder_is_missing(two_steps, figures, item):
     "count", [pytest.param(0, marks=pytest.mark.slow), pytest.param(12, marks=pytest.mark.nightly)]
 )
 def test_f13_the_machine_crashes_before_all_is_on_storage(tmp_path, figures, count):
-    (seed,) = seeds(1)
+    (seed,) = drawn(count, 0)
     rng, folder = random.Random(seed), tmp_path / "run"
     (ended,) = program("cases", tmp_path, 3, "run", "--", STRACE, *crashes.RECORD).values()
     assert ended[0] == 0 and "done 3" in ended[1], ended
@@ -514,16 +529,14 @@ def test_f34_f35_slow_storage(tmp_path, figures, busy):
     """Each sync takes a tenth of a second, so a save takes over two; a step 10 ms, and a save is due every 20th."""
     slow = (STRACE, "-f", "-qq", "-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:delay_enter=100000")
     words = {"wait": (60, 0.01, 20), "skip": (100, 0.01, 1)}[busy]
-    found = {
-        name: program("training", tmp_path / name, busy, *words, *tracer)
-        for name, tracer in {"fast": (), "slow": slow}.items()
-    }
+    found = program("training", tmp_path, busy, *words, *slow)
     figures("F34" if busy == "wait" else "F35", busy=busy, **found["slow"], p99_fast=found["fast"]["p99"])
     steps = words[0]
     assert found["slow"]["last"] == [steps] and found["slow"]["at once"] == 1
     assert manifest.verify(tmp_path / "slow" / str(steps)) == []
     if busy == "skip":
-        assert found["slow"]["skipped"] > 50 and found["slow"]["p99"] < 0.25  # no step waits for the storage
+        # No step waits for the storage: one that did would take as long as a save.
+        assert found["slow"]["skipped"] > 50 and found["slow"]["p99"] < 1.5
         assert found["slow"]["peak MB"] < found["fast"]["peak MB"] + 50
     else:
         assert found["slow"]["skipped"] == 0

@@ -86,7 +86,7 @@ def refused(tmp_path, capsys, monkeypatch):
     ("name", "most"), [("tiny", 60), *(pytest.param(name, 10**9, marks=nightly) for name in CONFIGS)]
 )
 def test_f26_what_a_key_can_not_be_is_refused_before_anything_is_compiled(refused, figures, name, most):
-    (seed,) = harness.seeds(1)
+    (seed,) = harness.seeds(1, given=26)
     found = list(injections(CONFIGS[name]))
     chosen = random.Random(seed).sample(found, min(most, len(found)))
     assert len(found) > 500

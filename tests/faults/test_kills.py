@@ -60,7 +60,7 @@ def test_f1_killed_between_dispatches_of_several_steps(tmp_path, figures):
 @slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_f4_a_signal_saves_and_leaves(tmp_path, number, code, figures):
-    workdir, flags = tmp_path / "run", (*DIGITS, "--config.train.duration=90", "--config.train.log_every=1")
+    workdir, flags = tmp_path / "run", (*DIGITS, "--config.train.duration=100000", "--config.train.log_every=1")
     with harness.start(workdir, T1, *flags, config="configs/digits_mlp.py") as group:
         assert harness.wait_for(lambda: harness.last_step(workdir) >= 5), group
         group.kill(signum=number)
@@ -70,7 +70,7 @@ def test_f4_a_signal_saves_and_leaves(tmp_path, number, code, figures):
     saved = harness.on_disk(workdir)[-1]
     lost = harness.last_step(workdir) - saved
     figures("F4", injected=1, detected=1, steps_lost=lost)
-    assert lost == 0 and f"saved step {saved} of 90;" in said and saved >= 5
+    assert lost == 0 and f"saved step {saved} of 100000;" in said and saved >= 5
 
 
 @pytest.fixture
@@ -85,11 +85,12 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("room", [pytest.param(True, marks=nightly), pytest.param(False, marks=nightly)])
-def test_f8_a_full_disk_for_the_log_only(small_disk, room, whole, figures):
-    workdir = small_disk
-    with harness.start(workdir) as group:
+def test_f8_a_full_disk_for_the_log_only(small_disk, tmp_path, room, whole, figures):
+    workdir, full = small_disk, tmp_path / "full"
+    with harness.start(workdir, program=("tests/faults/held.py", 8, full)) as group:
         assert harness.wait_for(lambda: harness.last_step(workdir) >= 5), group
         ballast = harness.fill(workdir)
+        full.touch()
         assert harness.wait_for(lambda: "metrics.jsonl: No space left" in group.output()), group
         stood = harness.last_step(workdir)
         assert harness.wait_for(lambda: harness.on_disk(workdir)[-1] >= stood + 4), group  # it goes on

