@@ -23,7 +23,7 @@ def constant(steps: int) -> Schedule:
 
 def linear(steps: int, final: Fraction = 0.0) -> Schedule:
     """From 1 to `final` in a straight line over `steps`."""
-    return optax.linear_schedule(1.0, final, max(steps, 1))
+    return _down(final, max(steps, 1))
 
 
 def cosine(steps: int, final: Fraction = 0.0) -> Schedule:
@@ -40,7 +40,13 @@ def rsqrt(steps: int, timescale: Steps = 10_000) -> Schedule:
 def wsd(steps: int, decay: Fraction = 0.2, final: Fraction = 0.0) -> Schedule:
     """Warmup-stable-decay (arXiv:2404.06395): 1, then linearly to `final` over the last `decay` share of `steps`."""
     length = max(math.ceil(steps * decay), 1)
-    return optax.linear_schedule(1.0, final, length, transition_begin=max(steps - length, 0))
+    return _down(final, length, first=max(steps - length, 0))
+
+
+def _down(final: float, steps: int, first: int = 0) -> Schedule:
+    """1 until step `first`, then linearly to `final`, and never below: XLA may divide by multiplying, which rounds."""
+    line = optax.linear_schedule(1.0, final, steps, transition_begin=first)
+    return lambda step: jnp.maximum(line(step), final)
 
 
 SCHEDULES: Mapping[str, Callable[..., Schedule]] = {
