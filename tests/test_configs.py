@@ -62,6 +62,10 @@ def test_trains_for_two_steps(name, tmp_path):
             config.model.update({name: size for name, size in sizes.items() if name in config.model})
             config.data.update(vocab_size=128, length=64, examples=16, test_examples=8, batch_size=8)
             config.mesh.fsdp = 1
+        elif config.model.get("layers", 1) > 2:  # two are layers one after another, too
+            config.model.update(layers=2, unroll=2)
+        if config.data.get("validation"):  # some batches are an evaluation, too
+            config.data.validation = 0.01
         if name in REAL:
             config.data.manual_dir = str(shared_data(REAL[name]))
         if name.startswith("sst2"):  # the sentences alone, which are fewer
