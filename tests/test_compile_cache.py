@@ -32,10 +32,17 @@ def place(tmp_path):
     return tmp_path
 
 
+def _overwrite(file, data):
+    """A second later: the clock of a file system goes in steps, and a test may seal and harm a file within one."""
+    file.write_bytes(data)
+    found = file.stat()
+    os.utime(file, ns=(found.st_atime_ns, found.st_mtime_ns + 10**9))
+
+
 def _flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
-    file.write_bytes(data)
+    _overwrite(file, data)
 
 
 def _cut(file):
@@ -47,7 +54,7 @@ def _empty(file):
 
 
 def _replace(file):
-    file.write_bytes(file.with_name("b-cache").read_bytes())
+    _overwrite(file, file.with_name("b-cache").read_bytes())
 
 
 def _replace_with_its_seal(file):
@@ -186,9 +193,11 @@ def test_what_was_used_longest_ago_goes_first(home, monkeypatch):
     with cache_dir(None):
         place = kept()
     now = time.time()
+    for name in "abcd":
+        entry(place, name)
+    compile_cache.seal(place)  # reads them all, which is a use
     for age, name in enumerate("abcd"):
-        os.utime(entry(place, name), (now - age * 100,) * 2)
-    compile_cache.seal(place)
+        os.utime(place / f"{name}-cache", (now - age * 100,) * 2)
     os.utime(place / "d-cache", (now + 1, now - 300))  # read since
     size = (place / "a-cache").stat().st_size
     monkeypatch.setattr(compile_cache, "MOST", 2 * size)

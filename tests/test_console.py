@@ -28,9 +28,10 @@ def tty(monkeypatch):
 
 def drawn(display, stream):
     """The text of the live line as rich draws it now."""
-    start = len(stream.getvalue())
-    display._live.refresh()
-    return ESCAPE.sub("", stream.getvalue()[start:]).strip("\r\n")
+    with display._live._lock:  # keeps the refreshing thread out
+        start = len(stream.getvalue())
+        display._live.refresh()
+        return ESCAPE.sub("", stream.getvalue()[start:]).strip("\r\n")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import signal
 import socket
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -176,7 +177,7 @@ def together(*calls):
     """The result, or the error, of each call, made at the same time."""
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
-        return [future.exception(timeout=30) or future.result() for future in futures]
+        return [future.exception(timeout=60) or future.result() for future in futures]
 
 
 def met(port, *who, timeout=20.0, first=lambda: None):
@@ -198,7 +199,7 @@ def met(port, *who, timeout=20.0, first=lambda: None):
                 tie.connection.sendall(b"%d" % process)
             for number, tie in ties.items():
                 assert tie.connection.recv(1) == b"%d" % number
-            left.wait(20)
+            left.wait(60)
 
     return together(*(lambda pair=pair: call(*pair) for pair in who))
 
@@ -207,11 +208,20 @@ def test_processes_meet():
     assert met(free_port(), (3, 2), (3, 0), (3, 1)) == [None] * 3
 
 
-def test_who_is_missing_is_said_to_all():
-    found = met(free_port(), (4, 0), (4, 2), timeout=1.0)
+def test_who_is_missing_is_said_to_all(monkeypatch):
+    """Here the time is over as soon as one has come."""
+    clock, wrong = [0.0], roll_call._wrong
+
+    def come(*hello):
+        clock[0] += 60
+        return wrong(*hello)
+
+    monkeypatch.setattr(roll_call, "_wrong", come)
+    monkeypatch.setattr(roll_call, "time", types.SimpleNamespace(monotonic=lambda: clock[0], sleep=time.sleep))
+    found = met(free_port(), (4, 0), (4, 2), timeout=50.0)
     for error in found:
         assert isinstance(error, FaultError)
-        assert "2 of 4 processes did not come within 1 s: 1, 3. Here: 0 on " in str(error)
+        assert "2 of 4 processes did not come within 50 s: 1, 3. Here: 0 on " in str(error)
 
 
 def test_process_0_is_missing():
@@ -340,16 +350,21 @@ def test_who_does_not_answer_is_named(processes):
 def test_only_the_first_error_is_reported(processes):
     """What follows from it in the others would only hide it."""
 
+    told = threading.Event()
+
     def consequence():
-        with peers.telling():
-            peers.compare({}, limit=20)
+        try:
+            with peers.telling():
+                peers.compare({}, limit=50)
+        finally:
+            told.set()
 
     def cause():
         with peers.telling():
             raise ValueError("the cause")
 
     def third():
-        time.sleep(0.5)
+        assert told.wait(50)
         raise peers.failed()
 
     *_, seen = processes(consequence, cause, third)
@@ -417,20 +432,28 @@ def test_leaving(processes):
 @pytest.mark.parametrize("other", ["comes", "is cut off", "does not come"])
 def test_leaving_with_an_error(processes, other):
     act = {"comes": lambda: peers.leave_with_error(20), "is cut off": peers.cut, "does not come": lambda: None}[other]
-    here, _ = processes(lambda: peers.leave_with_error(0.3), act)
+    here, _ = processes(lambda: peers.leave_with_error(0.3 if other == "does not come" else 20), act)
     assert here is (other == "comes")
 
 
 @pytest.mark.parametrize("leaving", [peers.cut, lambda: peers.leave_with_error(20)])
-def test_the_store_goes_last(processes, leaving):
-    order = []
+def test_the_store_goes_last(processes, monkeypatch, leaving):
+    monkeypatch.setattr(peers, "LAST", 50.0)
+    monkeypatch.setattr(peers, "PAUSE", 0.001)
+    order, gone = [], threading.Event()
+
+    def first():
+        order.append(1)
+        peers.cut()
+        gone.set()
 
     def last():
+        assert gone.wait(50)
         time.sleep(0.2)
-        peers.cut()
         order.append(2)
+        peers.cut()
 
-    processes(lambda: (leaving(), order.append(0)), lambda: (peers.cut(), order.append(1)), last)
+    processes(lambda: (leaving(), order.append(0)), first, last)
     assert order == [1, 2, 0]
 
 

@@ -116,12 +116,14 @@ def python(code, folder, name="peer"):
 
 def stopped(pid):
     """Whether a process is, or is soon, stopped; one that waits for input is not."""
-    deadline = time.monotonic() + 2.0
-    while time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while True:
+        late = time.monotonic() > deadline  # before the last look
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T":
             return True
+        if late:
+            return False
         time.sleep(0.005)
-    return False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -152,7 +154,7 @@ def test_a_peer_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     with python("import time; time.sleep(1000)", tmp_path) as peer:
         with pytest.raises(FaultError, match="did not answer"):
             peer.ready()
-        assert peer._process.wait(5) == -signal.SIGKILL, "it would take the time of others"
+        assert peer._process.wait(60) == -signal.SIGKILL, "it would take the time of others"
 
 
 def test_each_has_an_environment_of_its_own(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import select
 import signal
 import socket
 import threading
@@ -18,18 +19,57 @@ from flaxmodels.runtime.roll_call import Tie
 from flaxmodels.runtime.watchdog import Standing
 
 
-class Run:
-    """Pulses of processes 0, 1, ... in this one, which end by saying so in `ended`: (their words, exit code)."""
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
-    def __init__(self, monkeypatch, capfd):
-        self.ended, self.pulses, self.sockets, self._capfd = {}, [], [], capfd
+
+class Run:
+    """Pulses of processes 0, 1, ... in this one, which end by saying so in `ended`: (their words, exit code).
+
+    Each calls `before(pulse)` before every tick, in its own thread, and `after()` at its end.
+    """
+
+    def __init__(self, monkeypatch):
+        self.ended, self.pulses, self.sockets = {}, [], []
+        self.before, self.after = lambda beat: None, lambda: None
+        self.rounds, self._barrier = 0, None
         monkeypatch.setattr(pulse, "TICK", 0.02)
         monkeypatch.setattr(pulse, "LAST", 0.5)
+        monkeypatch.setattr(pulse, "WORDS", 60.0)
         monkeypatch.setattr(exits, "leave", self._leave)
+        tick = Pulse._beat
+        monkeypatch.setattr(Pulse, "_beat", lambda beat, elapsed: (self.before(beat), tick(beat, elapsed)))
 
     def _leave(self, error):
-        beat = next(beat for beat in self.pulses if beat._thread is threading.current_thread())
-        self.ended[beat.process] = (beat.verdict.text, error.code)
+        mine = []
+        until(lambda: mine.extend(beat for beat in self.pulses if beat._thread is threading.current_thread()) or mine)
+        self.ended[mine[0].process] = (mine[0].verdict.text, error.code)
+        self.after()
+
+    def in_step(self, count, move=lambda: None):
+        """So many pulses tick when all do, after a `move()`: one whose thread gets no time is neither silent nor late.
+
+        What each said at a tick is heard before the tick after the next one.
+        """
+
+        def together():
+            self.rounds += 1
+            move()
+
+        def wait(beat):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                self._barrier.wait()
+
+        self._barrier, self.before = threading.Barrier(count, together), wait
+
+    def each_alone(self):
+        """After `in_step`: they wait no longer for each other, nor count silence."""
+        for beat in self.pulses:
+            beat.heartbeat = 100.0
+        self._barrier.abort()
 
     def start(self, count, *, heartbeat=100.0, stuck_after=None, without=(), folder=None):
         """Process 0 and others; those of `without` are sockets that the test speaks through: their list."""
@@ -48,13 +88,13 @@ class Run:
 
     def wait(self, *numbers):
         """The verdicts of these processes, when all have one."""
-        deadline = time.monotonic() + 10
-        while not set(numbers) <= set(self.ended) and time.monotonic() < deadline:
-            time.sleep(0.005)
+        until(lambda: set(numbers) <= set(self.ended))
         assert set(self.ended) == set(numbers)
         return [self.ended[number] for number in numbers]
 
     def close(self):
+        if self._barrier:
+            self._barrier.abort()
         for beat in self.pulses:
             beat.close()
         for end in self.sockets:
@@ -62,9 +102,9 @@ class Run:
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(monkeypatch):
     progress.reset()
-    run = Run(monkeypatch, capfd)
+    run = Run(monkeypatch)
     yield run
     run.close()
     progress.reset()
@@ -80,8 +120,11 @@ def standing(phase="training", step=40, **values):
 
 
 def test_processes_that_get_on_go_on_and_leave_well(run):
+    run.in_step(3)
     run.start(3, heartbeat=0.5)
-    time.sleep(1.0)
+    until(lambda: run.rounds > 40 or run.ended)  # of 0.02 s at least
+    assert run.ended == {}
+    run.each_alone()
     for beat in run.pulses:  # one after the other
         beat.close()
         time.sleep(0.05)
@@ -91,7 +134,6 @@ def test_processes_that_get_on_go_on_and_leave_well(run):
 def test_a_process_that_dies_ends_all_others(run):
     silent = run.start(4, without=[2])
     say(silent[2], beat=standing())
-    time.sleep(0.05)
     silent[2].close()
     for text, code in run.wait(0, 1, 3):
         assert text.startswith("process 2 (node2, pid 7) died in phase 'training' at step 40: its connection closed")
@@ -108,6 +150,16 @@ def test_process_0_dies(run):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_frozen_process_is_named(run, number):
+    spoken = []
+
+    def speak(beat):
+        if beat.process == (0 if number else 2) and len(spoken) < 25:  # of 0.02 s at least
+            say(there, beat=standing())
+            spoken.append(True)
+        elif number and beat.process == 2:
+            beat.heartbeat = 100.0  # process 0 finds out, and tells it
+
+    run.before = speak
     if number:
         (there,) = run.start(3, heartbeat=0.3, without=[1]).values()
         waited = (0, 2)
@@ -115,11 +167,9 @@ def test_a_frozen_process_is_named(run, number):
         here, there = socket.socketpair()
         run.sockets += [here, there]
         run.pulses, waited = [Pulse({0: Tie(here, "node0, pid 7")}, 2, 0.3, None, None)], (2,)
-    for _ in range(10):
-        say(there, beat=standing())
-        time.sleep(0.05)
-    assert not run.ended
-    for text, code in run.wait(*waited):
+    found = run.wait(*waited)
+    assert len(spoken) == 25  # while it spoke, it was not silent
+    for text, code in found:
         assert text.startswith(
             f"process {number} (node{number}, pid 7) has been silent for 0 s (--heartbeat_timeout=0.3)"
         )
@@ -166,21 +216,21 @@ def test_a_process_alone_that_is_stuck(run, tmp_path, capfd):
 
 
 def test_who_moves_is_not_stuck(run):
+    run.in_step(2, move=lambda: progress.beat(run.rounds))
     run.start(2, stuck_after=0.3)
     with progress.phase("training"):
-        for step in range(40):
-            progress.beat(step)
-            time.sleep(0.02)
-    assert run.ended == {}
+        until(lambda: run.rounds > 40 or run.ended)  # of 0.02 s at least
+        assert run.ended == {}
 
 
 def test_it_works_while_the_main_thread_is_in_compiled_code(run):
+    asleep = threading.Lock()
+    asleep.acquire()
+    run.after = asleep.release
     run.start(1, stuck_after=0.2)
     with progress.phase("training"):
         progress.beat(1)
-        asleep = threading.Lock()
-        asleep.acquire()
-        assert not asleep.acquire(timeout=1.0)
+        assert asleep.acquire(timeout=60)  # one call all the time
     assert run.ended[0][1] == exits.STUCK
 
 
@@ -214,20 +264,19 @@ def test_a_process_that_was_stopped_is_not_stuck(run, monkeypatch):
 def test_what_is_no_line_of_ours_changes_nothing(run, noise):
     silent = run.start(2, without=[1])
     silent[1].sendall(noise)
-    time.sleep(0.1)
-    assert run.ended == {} and run.pulses[0]._thread.is_alive()
-    say(silent[1], beat=standing())
-    time.sleep(0.1)
-    assert run.pulses[0]._links[1].standing == Standing(**standing())
+    say(silent[1], beat=standing())  # is heard after the noise
+    until(lambda: run.pulses[0]._links[1].standing == Standing(**standing()))
+    assert run.ended == {} and run.pulses[0].verdict is None and run.pulses[0]._thread.is_alive()
 
 
 def test_a_line_without_end_takes_no_memory(run):
     silent = run.start(2, without=[1])
+    link = run.pulses[0]._links[1]
     for _ in range(40):
         silent[1].sendall(b"x" * 2**15)
-        time.sleep(0.005)
-    time.sleep(0.05)
-    assert len(run.pulses[0]._links[1].come) <= pulse.LONGEST and run.ended == {}
+    until(lambda: not select.select([link.connection], [], [], 0)[0])  # all of it has been read
+    until(lambda: len(link.come) <= pulse.LONGEST)
+    assert link.come and run.ended == {}
 
 
 def test_who_does_not_read_holds_nobody_up(run):
@@ -248,10 +297,9 @@ def test_an_error_of_one_is_known_to_all(run, monkeypatch):
     silent = run.start(3, without=[1])
     failure = {"host": "node1", "text": "no such file", "code": 2}
     say(silent[1], failed={"1": failure})
-    deadline = time.monotonic() + 10
-    while not all(beat.failures for beat in run.pulses) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(lambda: all(beat.failures for beat in run.pulses))
     silent[1].close()  # it has said why
+    until(lambda: not run.pulses[0]._links[1].open)
     time.sleep(0.1)
     assert [beat.failures for beat in run.pulses] == [{1: failure}] * 2 and run.ended == {}
     monkeypatch.setattr(pulse, "_current", run.pulses[1])
@@ -264,11 +312,12 @@ def test_others_that_leave_because_of_an_error_here_did_not_die(run):
     silent = run.start(3, without=[1, 2])
     run.pulses[0].report({"host": "node0", "text": "mine", "code": 1})
     silent[1].close()
-    time.sleep(0.1)
-    assert not run.pulses[0].deserted() and run.ended == {}
+    until(lambda: not run.pulses[0]._links[1].open)
+    assert not run.pulses[0].deserted()
     silent[2].close()
+    until(run.pulses[0].deserted)
     time.sleep(0.1)
-    assert run.pulses[0].deserted() and run.ended == {}
+    assert run.ended == {}
 
 
 def test_errors_go_through_the_pulse(run, monkeypatch):
@@ -283,6 +332,7 @@ def test_errors_go_through_the_pulse(run, monkeypatch):
     monkeypatch.setattr(peers, "me", lambda: 1)
     monkeypatch.setattr(peers, "count", lambda: 3)
     monkeypatch.setattr(peers, "_reported", None)
+    monkeypatch.setattr(peers, "CAUSE", 60.0)
     found = peers.cause(ValueError("UNKNOWN: Gloo AllGather failed"))  # waits for the news
     assert isinstance(found, exits.FaultError) and str(found).endswith("failed: ValueError: mine")
 
@@ -316,5 +366,6 @@ def test_a_forked_child_keeps_no_connection(run):
 def test_limits_of_no_end_travel(run):
     silent = run.start(2, without=[1])
     say(silent[1], beat=standing("", None, stalled=1e6, limit=math.inf))
+    until(lambda: run.pulses[0]._links[1].standing)
     time.sleep(0.1)
     assert run.ended == {} and run.pulses[0]._links[1].standing.limit == math.inf

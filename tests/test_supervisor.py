@@ -67,7 +67,7 @@ def command(tmp_path):
 
 def ended(process):
     try:
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate(timeout=60)
     finally:
         process.kill()
     return process.returncode, err
@@ -78,7 +78,7 @@ def log(tmp_path):
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -282,7 +282,7 @@ def test_the_line_of_an_attempt_is_kept_up_to_date(tmp_path, monkeypatch):
         raise KeyError
     rows = goodput.read(tmp_path)
     assert [row["ended"] for row in rows] == [143, 1]
-    assert all(abs(sum(row["phases"].values()) - row["seconds"]) < 0.1 for row in rows)
+    assert all(abs(sum(row["phases"].values()) - row["seconds"]) < 0.01 for row in rows)  # of milliseconds each
     assert len(goodput.summary(tmp_path)) == 3 and not list(tmp_path.glob("*.tmp"))
     with goodput.recorded(None) as kept:
         kept.start(3)

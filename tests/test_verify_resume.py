@@ -87,8 +87,7 @@ def test_a_gpu_promises_bits_where_a_flag_asks_for_it():
 
 
 def test_kills_are_of_all_kinds_and_all_over_the_run():
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
+    seed = 7
     drawn = kills.draw(random.Random(seed), 64, steps=90, every=5, hosts=2)
     assert drawn == kills.draw(random.Random(seed), 64, steps=90, every=5, hosts=2)
     assert [kill.step for kill in drawn] == sorted(kill.step for kill in drawn)

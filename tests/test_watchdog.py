@@ -3,7 +3,9 @@
 import contextlib
 import math
 import queue
+import sys
 import threading
+import time
 
 import pytest
 
@@ -146,25 +148,33 @@ def test_what_is_said_of_it():
 
 
 @contextlib.contextmanager
-def seen_from_a_thread():
-    """What `stands` says while the main thread is inside."""
-    found, asked, answered = [], threading.Event(), threading.Event()
+def seen_from_a_thread(function, answer):
+    """What `stands` says while the main thread is in a function of that name; then answers."""
+    found = []
+
+    def there():
+        frame = sys._current_frames()[threading.main_thread().ident]
+        while frame is not None and frame.f_code.co_name != function:
+            frame = frame.f_back
+        return frame is not None
 
     def look():
-        asked.wait(10)
+        deadline = time.monotonic() + 60
+        while not there() and time.monotonic() < deadline:
+            time.sleep(0.001)
         found.append(watchdog.stands())
-        answered.set()
+        answer()
 
     thread = threading.Thread(target=look)
     thread.start()
-    yield asked, answered, found
+    yield found
     thread.join()
 
 
 def test_where_the_main_thread_stands():
-    with seen_from_a_thread() as (asked, answered, found):
-        asked.set()
-        answered.wait(10)  # of threading.py: what matters is who called it
+    answered = threading.Event()
+    with seen_from_a_thread("wait", answered.set) as found:
+        answered.wait(60)  # of threading.py: what matters is who called it
     (waits, where) = found[0]
     assert not waits and where.startswith("tests/test_watchdog.py:") and "in test_where_the_main_thread_stands" in where
 
@@ -180,32 +190,33 @@ def test_where_the_main_thread_stands():
     ],
 )
 def test_who_waits_for_others_is_known_by_the_file(file, expected):
-    def wait(event):
-        event.wait(10)
+    def linger(event):
+        event.wait(60)
 
-    wait.__code__ = wait.__code__.replace(co_filename=file)
-    with seen_from_a_thread() as (asked, answered, found):
-        asked.set()
-        wait(answered)
+    linger.__code__ = linger.__code__.replace(co_filename=file)
+    answered = threading.Event()
+    with seen_from_a_thread("linger", answered.set) as found:
+        linger(answered)
     assert found[0][0] == expected and found[0][1].startswith("/".join(file.split("/")[-2:]))
 
 
 def test_who_waits_for_its_data_does_not_wait_for_devices():
-    with seen_from_a_thread() as (asked, _, found):
-        asked.set()
-        with contextlib.suppress(queue.Empty):
-            queue.Queue().get(timeout=0.2)
+    data = queue.Queue()
+    with seen_from_a_thread("get", lambda: data.put("a batch")) as found:
+        data.get(timeout=60)
     assert not found[0][0] and "test_watchdog" in found[0][1]
 
 
 def test_stacks_of_all_threads(tmp_path, capfd):
-    release = threading.Event()
+    inside, release = threading.Event(), threading.Event()
 
     def elsewhere():
-        release.wait(10)
+        inside.set()
+        release.wait(60)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
+    assert inside.wait(60)
     assert watchdog.dump(3, tmp_path) == str(tmp_path / "stacks.3.txt")
     assert watchdog.dump(3, tmp_path / "absent") == "" == watchdog.dump(3, None)
     release.set()

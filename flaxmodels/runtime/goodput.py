@@ -51,10 +51,11 @@ class Attempt:
 
     def __init__(self, workdir: Path | None) -> None:
         whole = exits.commanding()  # else the process did other things before, which are none of the run
+        began = _process_began() if whole else _clock()  # first: what passes till the next line counts as starting
         self._before = {} if whole else progress.totals()
         self._record: Record = {
             "host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "time": time.time(),
-            "began": _process_began() if whole else _clock(), "first": None, "back": 0, "ended": None,
+            "began": began, "first": None, "back": 0, "ended": None,
         }  # fmt: skip
         self._workdir, self._over = workdir, threading.Event()
         self._thread: threading.Thread | None = None
