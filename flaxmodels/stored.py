@@ -99,8 +99,9 @@ def _damaged(folder: Path, error: Exception) -> UserError:
     """What is wrong with a step that can't be read. Raises FaultError where its bucket does not answer, which is no
     damage: what Orbax says of both is the same kind of error.
     """
-    with answered(folder.parent.parent):
-        folder.exists()
+    if storage.is_object(folder):
+        with answered(folder.parent.parent):
+            folder.exists()
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return UserError(
         f"step {folder.name} in {str(folder.parent)!r} can't be read: {said[:300]}\n"

@@ -457,6 +457,23 @@ def test_the_store_goes_last(processes, monkeypatch, leaving):
     assert order == [1, 2, 0]
 
 
+def test_the_store_goes_when_the_others_are_gone(processes, monkeypatch):
+    """That they leave is not enough: they still print."""
+    monkeypatch.setattr(peers, "LAST", 50.0)
+    monkeypatch.setattr(peers, "PAUSE", 0.001)
+    order, gone = [], threading.Event()
+    monkeypatch.setattr(peers.pulse, "current", lambda: types.SimpleNamespace(deserted=gone.is_set))
+
+    def other():
+        peers.cut()
+        time.sleep(0.2)
+        order.append(1)
+        gone.set()
+
+    processes(lambda: (peers.cut(), order.append(0)), other)
+    assert order == [1, 0]
+
+
 def test_one_process_alone_compares_nothing(monkeypatch):
     monkeypatch.setattr(peers, "_store", lambda: pytest.fail("asked the store"))
     peers.compare({"config": {"a": 1}})

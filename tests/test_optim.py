@@ -259,6 +259,9 @@ def test_the_end_of_a_run(schedule, end):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_a_schedule_may_end_above_zero(schedule):
     np.testing.assert_allclose(curve([100], learning_rate=2.0, schedule=schedule, final=0.1), 0.2, rtol=1e-5)
+    for steps in (7, 49, 1000, 9999):  # and never falls below that, however the division is rounded
+        found = curve(np.arange(steps + 2), learning_rate=1.0, schedule=schedule, final=0.1, total_steps=steps)
+        assert found.min() >= np.float32(0.1) * (schedule != "cosine" or 1 - 1e-6)
 
 
 def test_cosine_and_linear_are_their_formulas():

@@ -349,7 +349,7 @@ while True:
     except UserError:
         continue
     # The kill came when all was done, but for tidying up.
-    if Path(to, "manifest.json").read_bytes() != Path(whole, "manifest.json").read_bytes():
+    if any(file.read_bytes() != Path(to, file.name).read_bytes() for file in Path(whole).iterdir()):
         sys.exit("a folder that is not finished was read")
 print(kills)
 """

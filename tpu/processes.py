@@ -36,6 +36,7 @@ def run(commands: Sequence[Sequence[str]], limit: float, stream: Callable[[str],
 
     Raises:
       FileNotFoundError: there is no such command.
+      ValueError: this is not the main thread, which alone knows of signals.
     """
     deadline = time.monotonic() + limit
     children: list[subprocess.Popen[bytes]] = []
@@ -61,18 +62,19 @@ def _uninterrupted() -> Iterator[None]:
 
     They are not blocked, since the command would inherit that.
     """
-    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    kept = {number: handler for number, handler in kept.items() if callable(handler)}
     came: list[int] = []
-    try:
-        for listened in kept:
-            signal.signal(listened, lambda number, _: came.append(number))
-        yield
-    finally:
-        for listened, handler in kept.items():
-            signal.signal(listened, handler)
+
+    def tell() -> None:
         for number in came:
             signal.raise_signal(number)
+
+    with contextlib.ExitStack() as stack:  # all handlers are as they were, also if a signal comes meanwhile
+        stack.callback(tell)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if callable(handler := signal.getsignal(number)):
+                stack.callback(signal.signal, number, handler)
+                signal.signal(number, lambda number, _: came.append(number))
+        yield
 
 
 def _listen(

@@ -250,8 +250,11 @@ keep() {
   env --default-signal=INT,QUIT,TERM "FLAXMODELS_ATTEMPT=$root/$n/" sh "$root/worker.sh" become "$n" "$@"
   ended=$?
   (sweep "$n")
-  # Its whole session: `timeout` leaves its group, and a copy that began before must not end after the last one.
-  pkill -KILL -s "$copier" 2>/dev/null || kill -KILL "$copier" 2>/dev/null
+  # It first, so that it begins no copy, and then its whole session, since `timeout` leaves its group: a copy that began
+  # before must not end after the last one.
+  kill -KILL "$copier" 2>/dev/null
+  wait "$copier" 2>/dev/null
+  pkill -KILL -s "$copier" 2>/dev/null || kill -KILL -- "-$copier" 2>/dev/null
   echo "launcher: attempt $n ended with exit code $ended, $(date -u +%FT%T.%3NZ)"
   store "$log" "$workdir/logs/attempt-$n/worker-$me.log"
   printf '%-40s\n' "$ended" 1<>"$root/attempt-$n.code.part" && mv "$root/attempt-$n.code.part" "$root/attempt-$n.code"

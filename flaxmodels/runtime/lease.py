@@ -57,8 +57,8 @@ def held(file: Path) -> Iterator[str]:
 def _renewed(lease: "_Lease") -> Iterator[None]:
     """Renew a lock that is held, and let go of it at the end."""
     thread = threading.Thread(target=lease.keep, name="lock", daemon=True)
-    _HELD.append(lease)
     thread.start()
+    _HELD.append(lease)
     try:
         yield
     finally:

@@ -226,14 +226,15 @@ def cut() -> None:
 def _see_off() -> None:
     """In process 0, with which the store goes: wait till the others have left, else JAX aborts them before they print.
 
-    They have seen the same error, but not at the same moment.
+    Till they say that they leave, and then till they are gone; each for at most LAST seconds. They have seen the same
+    error, but not at the same moment.
     """
     if me() == 0:
         deadline = time.monotonic() + LAST
         while len(_all("left")) < count() and time.monotonic() < deadline:
             time.sleep(PAUSE)
         # They print, and their connections close: on a busy machine that takes longer than a moment.
-        beat = pulse.current()
+        beat = pulse.current() if len(_all("left")) == count() else None
         deadline = time.monotonic() + (20 * PAUSE if beat is None else LAST)
         while time.monotonic() < deadline and not (beat and beat.deserted()):
             time.sleep(PAUSE)

@@ -4,7 +4,7 @@ HALT is one of: "compile" (XLA takes minutes over the first program), "hang N" (
 "evaluation" (each batch of one takes its time), "training" (each step does), "raise N" (reading raises at the Nth
 batch), "callback N" (so does a function that the program calls in its Nth step). What it prints says that it got there.
 HALT_TILL names a file: until it is there, "evaluation" gives no batch, and "training" none beyond the 40th; so that a
-test that is late still meets the run there.
+test that is late still meets the run there. Without it nothing is held.
 """
 
 import dataclasses

@@ -177,6 +177,8 @@ def environment(topology: Topology = T1, env: Mapping[str, str] | None = None) -
 def free_port() -> int:
     """A port of this machine that nothing listens on, and that nobody draws before a run listens on it."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % PARTS
+    if 2 * len(_drawn) > len(PORTS[worker::PARTS]):
+        _drawn.clear()  # the first of them are long free again
     while True:
         port = random.SystemRandom().choice(PORTS[worker::PARTS])
         with socket.socket() as free, contextlib.suppress(OSError):

@@ -32,4 +32,5 @@ def hold(step: int, file: Path) -> None:
 
 if __name__ == "__main__":
     hold(int(sys.argv[1]), Path(sys.argv[2]))
-    sys.exit(exits.reported(lambda: train.main(sys.argv[3:]), debug="--debug" in sys.argv))
+    words = [*sys.argv[3:], "--stuck_after=off"]  # which it is, as long as it is told to
+    sys.exit(exits.reported(lambda: train.main(words), debug="--debug" in words))

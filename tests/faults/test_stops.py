@@ -31,7 +31,7 @@ def start(workdir, halt, topology=T1, *flags, **env):
 
 
 def sent(group):
-    """A signal was, or what stands for one: the run may get on."""
+    """Let a run that `start` holds go on: its signal, or what stands for one, has been sent."""
     group.files[0].with_name("sent").touch()
 
 
@@ -417,9 +417,10 @@ def test_f33_nor_one_by_time_nor_a_time_limit(tmp_path, jumping, figures):
     flags = (*OWN, *(f"--config.{key}" for key in keys), "--config.data.timeout=100.0")
     workdir = tmp_path / "run"
     with harness.start(workdir, T1, *flags, env={"HALT": "training", **jumping}) as group:
-        begun = time.monotonic()
+        started = begun = time.monotonic()
         while not harness.last_step(workdir) and group.running():  # the last moment at which there was no step
             begun = time.monotonic()
+            assert begun < started + 300, str(group)
             time.sleep(0.005)
         assert group.wait(300) == [0], str(group)
     seconds, saves = time.monotonic() - begun, len(harness.on_disk(workdir))

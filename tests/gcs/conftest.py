@@ -74,7 +74,7 @@ def hasty(monkeypatch):
 
 @pytest.fixture
 def impatient(hasty, monkeypatch):
-    """And for a moment only: for tests in which no answer comes."""
+    """Requests are made again at once, and for a moment only: for tests in which no answer comes."""
     from flaxmodels import buckets
 
     monkeypatch.setattr(buckets, "PATIENCE", 0.2)

@@ -256,7 +256,7 @@ def test_what_a_killed_process_left_is_copied_by_who_started_it(workdir, fresh, 
         "os.kill(os.getpid(), 9)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(workdir)], cwd=Path(__file__).parents[2])
-    assert process.wait() == -9
+    assert process.wait(300) == -9
     assert not (workdir / "logs").exists()
     mirror.rescue(workdir, process.pid, lambda folder: goodput.close(folder, process.pid, -9))
     assert (workdir / "logs" / "x").read_text() == "last"

@@ -255,8 +255,8 @@ def machine(gcloud, there, fake_cloud):
     fake_cloud.plan(host=there.environment())
     queued = ("compute", "tpus", "queued-resources")
     assert gcloud(*queued, "create", "a", *PLACE, *CREATE)[0] == 0
-    while '"state": "ACTIVE"' not in gcloud(*queued, "describe", "a", *PLACE, "--format=json")[1]:
-        continue
+    described = (gcloud(*queued, "describe", "a", *PLACE, "--format=json")[1] for _ in range(20))
+    assert any('"state": "ACTIVE"' in one for one in described)
     return lambda command: gcloud("compute", "tpus", "tpu-vm", "ssh", "a", *PLACE, "--worker=0", f"--command={command}")
 
 
